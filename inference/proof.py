@@ -1,0 +1,270 @@
+r"""The proof that a design model is linear-Gaussian.
+
+Each function is run with symbolic memory and symbolic site values, and the log density of every
+site is shown to be a polynomial of degree at most 2 in all of them together (`inference.degree`).
+On unbounded real support that is what linear-Gaussian means: a conditional density
+$\log p(x \mid s)$ that is jointly quadratic has a constant Hessian in x, so its covariance is
+constant and its mean is affine in s. What a function returns must be affine, and what it observes
+must not depend on the memory. The proof holds for every value of the inputs, which stay symbolic.
+
+It does not cover: that log densities are normalised and that automatic differentiation is honest
+(checked by plain evaluation in `inference.extraction`), Python state that changes between calls,
+and rounding.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from design_models import DesignModel, ModelError
+
+from .degree import Degree, degrees
+from .errors import NotLinearGaussian, NotSupported
+from .tracing import innermost, run_with_values, user_location
+
+_AFFINE, _QUADRATIC = 1, 2
+
+
+@dataclass(frozen=True)
+class ProvedSite:
+    """A site of a proved function."""
+
+    name: str
+    shape: tuple[int, ...]
+    observed: bool
+    family: str
+    location: str
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ProvedFunction:
+    """A function whose sites are jointly Gaussian given the memory, and whose result is affine."""
+
+    name: str
+    call: Callable[..., Any]
+    takes_memory: bool
+    sites: tuple[ProvedSite, ...]
+    result: Any  # shapes of what it returns
+
+    @property
+    def observed(self) -> tuple[ProvedSite, ...]:
+        return tuple(site for site in self.sites if site.observed)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The four functions of a design model, proved linear-Gaussian."""
+
+    prior: ProvedFunction
+    transition: ProvedFunction
+    observe: ProvedFunction
+    readout: ProvedFunction
+    memory: Any  # a pytree of jax.ShapeDtypeStruct
+
+
+def prove(model: DesignModel, u: Mapping[str, Array]) -> Proof:
+    """Prove that `model` is linear-Gaussian for every value of inputs shaped like `u`.
+
+    Args:
+        model: the design model.
+        u: one step's inputs; only shapes and types matter.
+
+    Raises:
+        NotLinearGaussian: with function, site, reason, file and line.
+        NotSupported: outside what can be proved here.
+        ModelError: a function reads an input that `u` does not hold.
+    """
+    prior = _prove_function("prior", lambda memory, u: model.prior(), None, u, model.prior)
+    memory = prior.result
+    _check_memory(memory)
+    transition = _prove_function("transition", model.transition, memory, u)
+    _check_returned_memory(transition, memory)
+    observe = _prove_function("observe", model.observe, memory, u)
+    readout = _prove_function("readout", model.read, memory, u, model.readout)
+    if prior.observed or readout.observed:
+        where = prior if prior.observed else readout
+        raise NotSupported(
+            where.name,
+            where.observed[0].name,
+            "is observed; observations belong in `observe` or `transition`",
+            where.observed[0].location,
+        )
+    if not transition.observed and not observe.observed:
+        raise NotSupported("observe", "", "holds no sample site with obs=; nothing is ever written")
+    return Proof(prior, transition, observe, readout, memory)
+
+
+def _check_memory(memory: Any) -> None:
+    leaves = jax.tree.leaves(memory)
+    if not leaves or any(not jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
+        found = memory if not leaves else [leaf.dtype.name for leaf in leaves]
+        raise NotSupported(
+            "prior", "", f"returns {found}; it must return the memory, arrays of real numbers"
+        )
+
+
+def _check_returned_memory(transition: ProvedFunction, memory: Any) -> None:
+    same_tree = jax.tree.structure(transition.result) == jax.tree.structure(memory)
+    before = [leaf.shape for leaf in jax.tree.leaves(memory)]
+    after = [leaf.shape for leaf in jax.tree.leaves(transition.result)]
+    if not same_tree or before != after:
+        raise NotSupported(
+            "transition",
+            "",
+            f"returns {after if after else transition.result}, but the memory is {before}; "
+            "return the next memory, shaped like the last",
+        )
+
+
+def _prove_function(
+    name: str,
+    call: Callable[..., Any],
+    memory: Any,
+    u: Mapping[str, Array],
+    source: Callable[..., Any] | None = None,
+) -> ProvedFunction:
+    source = call if source is None else source
+    found: dict[str, ProvedSite] = {}
+
+    def declare(memory: Any, u: Mapping[str, Array]) -> Any:
+        returned, sites = run_with_values(name, call, (memory, u), {})
+        for site in sites.values():
+            if not site.deterministic:
+                found[site.name] = ProvedSite(
+                    site.name,
+                    jnp.shape(site.value),
+                    site.observed,
+                    type(innermost(site.distribution)).__name__,
+                    site.location,
+                )
+        return returned
+
+    result = _explain_python_control(name, declare, memory, u)
+    sites = tuple(found.values())
+    values = {site.name: jax.ShapeDtypeStruct(site.shape, float) for site in sites}
+
+    def densities(latents: tuple[Any, dict[str, Array]], u: Mapping[str, Array]) -> Any:
+        returned, met = run_with_values(name, call, (latents[0], u), latents[1])
+        density, fixed, hidden, observation = {}, {}, {}, {}
+        for site in met.values():
+            base = innermost(site.distribution)
+            if site.deterministic:
+                fixed[site.name] = jnp.asarray(base.v)
+                hidden[site.name] = jnp.asarray(base.log_density)
+            else:
+                density[site.name] = jnp.sum(site.distribution.log_prob(site.value))
+            if site.observed:
+                observation[site.name] = jnp.asarray(site.observation)
+        return density, fixed, hidden, observation, jax.tree.map(jnp.asarray, returned)
+
+    proved = _explain_python_control(
+        name, lambda memory, u: degrees(densities, (memory, values), u), memory, u, traced=False
+    )
+    density, fixed, hidden, observation, returned = proved
+    for site in sites:
+        if density[site.name].degree > _QUADRATIC:
+            _refuse_density(name, call, site, memory, values, u, density[site.name])
+    for site_name, degree in fixed.items():
+        _refuse_above(name, site_name, degree, _AFFINE, "its fixed value is not affine in the memory")
+    for site_name, degree in hidden.items():
+        _refuse_above(name, site_name, degree, 0, "its log_density re-weights the memory")
+    for site_name, degree in observation.items():
+        _refuse_above(name, site_name, degree, 0, "its observed value depends on the memory")
+    for degree in jax.tree.leaves(returned, is_leaf=lambda leaf: isinstance(leaf, Degree)):
+        _refuse_above(name, "", degree, _AFFINE, "what it returns is not affine in the memory")
+    takes_memory = memory is not None
+    return ProvedFunction(name, call, takes_memory, sites, result)
+
+
+def _refuse_above(function: str, site: str, degree: Degree, most: int, reason: str) -> None:
+    if degree.degree > most:
+        detail = f": {degree.reason}" if degree.reason else ""
+        raise NotLinearGaussian(function, site, reason + detail, degree.location)
+
+
+def _refuse_density(
+    function: str,
+    call: Callable[..., Any],
+    site: ProvedSite,
+    memory: Any,
+    values: Mapping[str, Any],
+    u: Mapping[str, Array],
+    degree: Degree,
+) -> None:
+    """Say in the user's terms why a site's log density is not quadratic."""
+
+    def parameters(latents: tuple[Any, dict[str, Array]], u: Mapping[str, Array]) -> Any:
+        _, met = run_with_values(function, call, (latents[0], u), latents[1])
+        base = innermost(met[site.name].distribution)
+        own = {key: base.__dict__.get(key) for key in base.arg_constraints}
+        return {key: jnp.asarray(value) for key, value in own.items() if value is not None}
+
+    try:
+        found = degrees(parameters, (memory, values), u)
+    except (TypeError, ValueError):
+        found = {}
+    for parameter, law in found.items():
+        detail = f": {law.reason}" if law.reason else ""
+        location = law.location or site.location
+        if parameter == "loc" and law.degree > _AFFINE:
+            detail = detail or ": it multiplies two latent quantities"
+            reason = f"its mean is not affine in the memory{detail}"
+            raise NotLinearGaussian(function, site.name, reason, location)
+        if parameter != "loc" and law.degree > 0:
+            reason = f"its {parameter} depends on the memory or another latent{detail}"
+            raise NotLinearGaussian(function, site.name, reason, location)
+    detail = f": {degree.reason}" if degree.reason else ""
+    raise NotLinearGaussian(
+        function,
+        site.name,
+        f"its log density is not quadratic, so {site.family} is not Gaussian here{detail}",
+        site.location or degree.location,
+    )
+
+
+def _explain_python_control(
+    function: str, run: Callable[..., Any], memory: Any, u: Mapping[str, Array], traced: bool = True
+) -> Any:
+    """Run symbolically; where Python needs a number, say whether the memory or an input is asked."""
+    try:
+        return jax.eval_shape(run, memory, dict(u)) if traced else run(memory, dict(u))
+    except (NotLinearGaussian, ModelError):
+        raise
+    except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
+        location = user_location(error)
+        try:
+            jax.eval_shape(lambda memory: run(memory, dict(u)), memory)
+        except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):
+            raise NotLinearGaussian(
+                function,
+                "",
+                "Python needs the value of a latent (an `if`, float() or NumPy call on the memory)",
+                location,
+            ) from error
+        raise NotSupported(
+            function,
+            "",
+            "Python needs the value of an input (an `if`, float() or NumPy call on `u`); "
+            "use jnp.where and jax.numpy",
+            location,
+        ) from error
+    except KeyError as error:
+        held = ", ".join(u) or "nothing"
+        raise ModelError(
+            f"`{function}` reads u[{error}], but the inputs hold {held}; add it to `inputs` "
+            f"({user_location(error)})."
+        ) from error
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"`{function}` raised {type(error).__name__}: {reason} ({user_location(error)})."
+        ) from error
