@@ -8,7 +8,7 @@ constant and its mean is affine in s. What a function returns must be affine, an
 must not depend on the memory. The proof holds for every value of the inputs, which stay symbolic.
 
 It does not cover: that log densities are normalised and that automatic differentiation is honest
-(checked by plain evaluation in `inference.extraction`), Python state that changes between calls,
+(checked by plain evaluation in `inference.evaluation`), Python state that changes between calls,
 and rounding.
 """
 

@@ -203,27 +203,33 @@ def run_with_draws(
         if name not in draws:
             return None
         mean, noise = moments(distribution, draws[name].shape)
-        return mean + noise(draws[name])
+        return mean + noise.apply(draws[name])
 
     watch = _Watch(function, value)
     returned = _run(function, call, arguments, watch)
     return returned, watch.sites
 
 
-def moments(
-    distribution: dist.Distribution, shape: tuple[int, ...]
-) -> tuple[Array, Callable[[Array], Array]]:
-    r"""Return the mean of a Gaussian site and the map from standard normal draws to its noise.
+@dataclass(frozen=True)
+class Noise:
+    """The map from standard normal draws to a site's noise; `elementwise` where it is diagonal."""
+
+    apply: Callable[[Array], Array]
+    elementwise: bool
+
+
+def moments(distribution: dist.Distribution, shape: tuple[int, ...]) -> tuple[Array, Noise]:
+    r"""Return the mean of a Gaussian site and its noise.
 
     A Normal's are read off its parameters. Any other Gaussian's follow from its log density,
     $E = (-\nabla^2 \log p)^{-1}$ and $m = E\,\nabla \log p(0)$. Both are compared with plain
-    evaluations of the log density before they are used (`inference.extraction`).
+    evaluations of the log density before they are used (`inference.evaluation`).
     """
     base = innermost(distribution)
     if type(base) is dist.Normal:
         mean = jnp.broadcast_to(distribution.mean, shape)
         deviation = jnp.broadcast_to(jnp.sqrt(distribution.variance), shape)
-        return mean, lambda draws: deviation * draws
+        return mean, Noise(lambda draws: deviation * draws, elementwise=True)
     size = math.prod(shape)
     if size > LARGEST_DENSE_SITE:
         raise NotSupported(
@@ -245,4 +251,4 @@ def moments(
         white = jax.scipy.linalg.solve_triangular(factor, draws.ravel(), lower=True, trans=1)
         return white.reshape(shape)
 
-    return mean.reshape(shape), noise
+    return mean.reshape(shape), Noise(noise, elementwise=False)

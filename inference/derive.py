@@ -1,0 +1,119 @@
+"""From a design model to its exact filter."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from design_models import DesignModel, ModelError
+from design_models.example_inputs import check_input
+
+from .errors import NotSupported
+from .evaluation import check_sites, check_step
+from .exact_filter import ExactFilter
+from .extraction import prior_belief, step_coefficients
+from .partition import Partition, discover, undivided
+from .proof import Proof, prove
+
+LARGEST_DENSE_MEMORY = 512
+"""Structure is discovered from dense coefficients, for memories of up to this many entries."""
+
+_CHECKED_STEPS = 4
+_JITTER = 0.3
+
+
+def derive(model: DesignModel, inputs: Mapping[str, Array] | None = None) -> ExactFilter:
+    """Derive the exact filter of a design model.
+
+    The model is proved linear-Gaussian (`inference.proof`), its coefficients are extracted and
+    compared with plain evaluations (`inference.evaluation`), and its structure is discovered
+    (`inference.partition`). Everything runs in float64.
+
+    Args:
+        model: the design model.
+        inputs: example inputs with a leading time axis; drawn by the model where left out. The
+            filter is exact for every input; these decide shapes, and generic values around them
+            decide the structure.
+
+    Raises:
+        NotLinearGaussian: with function, site, reason, file and line.
+        ModelError: the inputs do not fit the model.
+    """
+    if not isinstance(model, DesignModel):
+        raise ModelError(
+            f"`model` is a {type(model).__name__}; derive a DesignModel "
+            "(a whole NumPyro model becomes one by `design_models.from_scan`)."
+        )
+    with jax.enable_x64(True):
+        if inputs is None:
+            inputs = model.draw_inputs(jax.random.key(0), _CHECKED_STEPS)
+        checked = {name: check_input(name, value, None) for name, value in inputs.items()}
+        lengths = {name: len(array) for name, array in checked.items()}
+        if len(set(lengths.values())) != 1 or 0 in lengths.values():
+            raise ModelError(f"`inputs` have lengths {lengths}; give all the same, at least 1 step.")
+        examples = {
+            name: array[:_CHECKED_STEPS].astype(float)
+            if jnp.issubdtype(array.dtype, jnp.floating)
+            else array[:_CHECKED_STEPS]
+            for name, array in checked.items()
+        }
+        proof = prove(model, {name: array[0] for name, array in examples.items()})
+        size = sum(leaf.size for leaf in jax.tree.leaves(proof.memory))
+        if size > LARGEST_DENSE_MEMORY:
+            raise NotSupported(
+                "prior",
+                "",
+                f"the memory has {size} entries; structure is discovered on at most "
+                f"{LARGEST_DENSE_MEMORY}: derive a narrower instance of the model, then "
+                "`.widen(model)` it to this one",
+            )
+        steps = len(jax.tree.leaves(examples)[0])
+        for t in range(steps):
+            check_sites(proof, {n: a[t] for n, a in examples.items()}, jax.random.key(t))
+        partition = _discover(proof, examples)
+        for t in range(steps):
+            u = {n: a[t] for n, a in examples.items()}
+            check_step(proof, partition, u, jax.random.key(t))
+        return ExactFilter.build(model, proof, partition, examples)
+
+
+def _discover(proof: Proof, examples: Mapping[str, Array]) -> Partition:
+    """Discover structure at the examples and at the same inputs, jittered."""
+    size = sum(leaf.size for leaf in jax.tree.leaves(proof.memory))
+    whole = undivided(
+        size,
+        sum(site.size for site in proof.transition.observed),
+        sum(site.size for site in proof.observe.observed),
+    )
+    generic = {
+        name: jnp.concatenate([array, _jitter(array, jax.random.key(index))])
+        for index, (name, array) in enumerate(sorted(examples.items()))
+    }
+    step = jax.jit(jax.vmap(lambda u: step_coefficients(proof, whole, u)))(generic)
+    prior = prior_belief(proof, whole)
+
+    def dense(array: Any) -> np.ndarray | None:
+        return None if array is None else np.asarray(array)[:, 0]
+
+    evidence, observation = step.evidence, step.observation
+    return discover(
+        {
+            "prior": np.asarray(prior.covariance),
+            "transition": dense(step.transition),
+            "drift": dense(step.drift),
+            "evidence": dense(evidence and evidence.observation),
+            "evidence_noise": dense(evidence and evidence.noise),
+            "cross": dense(evidence and evidence.cross),
+            "observation": dense(observation and observation.observation),
+            "noise": dense(observation and observation.noise),
+        }
+    )
+
+
+def _jitter(array: Array, rng: Array) -> Array:
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return array
+    return array * (1 + _JITTER * jax.random.uniform(rng, array.shape, minval=-1))

@@ -1,0 +1,202 @@
+"""Compare extracted coefficients with plain evaluations of the model at random points.
+
+The degree proof shows that log densities are quadratic; the coefficients are read by
+differentiation. A custom derivative, a hidden normaliser or a function that answers differently
+when called again would slip between the two. Here every site's log density is evaluated at random
+values and compared with the Gaussian claimed for it, and every affine map at random memories and
+draws with the coefficients claimed for it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, PRNGKeyArray
+
+from .errors import NotLinearGaussian
+from .extraction import AffineMap, affine_map, draws_size, noise_response, step_coefficients
+from .linear_gaussian import Step
+from .partition import Partition
+from .proof import Proof, ProvedFunction
+from .tracing import Site, innermost, moments, run_with_values
+
+TOLERANCE = 1e-6
+"""Largest relative disagreement between evaluation and claim; float64 rounding stays below 1e-9."""
+
+
+def check_sites(proof: Proof, u: Mapping[str, Array], rng: PRNGKeyArray) -> float:
+    """Check every site's parameters and log density at one random point, for one step's inputs.
+
+    Returns:
+        The largest relative disagreement.
+
+    Raises:
+        NotLinearGaussian: a parameter is outside its constraint, a noise is not positive and
+            finite, or a log density is not the Gaussian's.
+    """
+    worst = 0.0
+    for function in (proof.prior, proof.transition, proof.observe, proof.readout):
+        rng, memory_rng, values_rng = jax.random.split(rng, 3)
+        flat, unravel = ravel_pytree(
+            jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, float), proof.memory)
+        )
+        memory = unravel(jax.random.normal(memory_rng, flat.shape, float))
+        values = {
+            site.name: jax.random.normal(jax.random.fold_in(values_rng, i), site.shape, float)
+            for i, site in enumerate(function.sites)
+        }
+        argument = memory if function.takes_memory else None
+        _, sites = run_with_values(function.name, function.call, (argument, u), values)
+        for site in sites.values():
+            if not site.deterministic:
+                worst = max(worst, _check_site(function.name, site))
+    return worst
+
+
+def _check_site(function: str, site: Site) -> float:
+    base = innermost(site.distribution)
+    for name, constraint in base.arg_constraints.items():
+        parameter = base.__dict__.get(name)
+        if parameter is not None and not bool(jnp.all(constraint(parameter))):
+            reason = f"its {name} is {_brief(parameter)}; it must be {constraint} and finite"
+            raise NotLinearGaussian(function, site.name, reason, site.location)
+    error, white, log_determinant = _whiten(site)
+    if not np.all(np.isfinite(white)) or not np.isfinite(log_determinant):
+        reason = f"its noise is not positive and finite ({_parameters(base)})"
+        raise NotLinearGaussian(function, site.name, reason, site.location)
+    claimed = -0.5 * (white @ white + error.size * np.log(2 * np.pi) + log_determinant)
+    found = float(jnp.sum(site.distribution.log_prob(site.value)))
+    disagreement = abs(found - claimed) / max(1.0, abs(claimed))
+    if not disagreement <= TOLERANCE:
+        raise NotLinearGaussian(
+            function,
+            site.name,
+            f"its log density is {found:.6g} at a random point, where the Gaussian of its mean "
+            f"and covariance has {claimed:.6g}: a hidden factor, or a custom derivative",
+            site.location,
+        )
+    return disagreement
+
+
+def _whiten(site: Site) -> tuple[np.ndarray, np.ndarray, float]:
+    """Error from the claimed mean, the same in standard deviations, and log det covariance."""
+    shape = jnp.shape(site.value)
+    mean, noise = moments(site.distribution, shape)
+    error = np.ravel(site.value - mean)
+    if noise.elementwise:
+        deviation = np.ravel(noise.apply(jnp.ones(shape, float)))
+        with np.errstate(all="ignore"):
+            return error, error / deviation, float(2 * np.sum(np.log(deviation)))
+    factor = np.asarray(jax.vmap(lambda d: jnp.ravel(noise.apply(d)))(jnp.eye(error.size)))
+    covariance = factor.T @ factor
+    if not np.all(np.isfinite(covariance)) or np.linalg.eigvalsh(covariance)[0] <= 0:
+        return error, np.full_like(error, np.nan), np.nan
+    root = np.linalg.cholesky(covariance)
+    return error, np.linalg.solve(root, error), float(2 * np.sum(np.log(np.diag(root))))
+
+
+def _brief(parameter: Any) -> str:
+    values = np.ravel(np.asarray(parameter))
+    shown = ", ".join(f"{value:.4g}" for value in values[:4])
+    return shown if len(values) <= 4 else f"[{shown}, ...]"
+
+
+def _parameters(base: Any) -> str:
+    found = {name: base.__dict__.get(name) for name in base.arg_constraints}
+    return ", ".join(f"{k} = {_brief(v)}" for k, v in found.items() if v is not None)
+
+
+def check_step(
+    proof: Proof, partition: Partition, u: Mapping[str, Array], rng: PRNGKeyArray
+) -> float:
+    """Check one step's coefficients against plain evaluation at a random memory and draws.
+
+    All rows and blocks take part, so this also certifies the partition at the model's real size.
+
+    Returns:
+        The largest relative disagreement.
+
+    Raises:
+        NotLinearGaussian: above `TOLERANCE`.
+    """
+    step = step_coefficients(proof, partition, u)
+    transition = affine_map(proof.transition, proof.memory, u)
+    observe = affine_map(proof.observe, proof.memory, u)
+    sizes = (partition.states.size, draws_size(proof.transition), draws_size(proof.observe))
+    keys = jax.random.split(rng, 6)
+    state, moved_draws, seen_draws = (
+        jax.random.normal(key, (size,), float) for key, size in zip(keys, sizes, strict=False)
+    )
+    pairs = [
+        ("transition", *pair)
+        for pair in _means(transition, state, moved_draws, step, partition)
+        + _noise(transition, state, moved_draws, step, partition, keys[3])
+    ]
+    if step.observation is not None:
+        given = step.observation
+        seen = observe(state, jnp.zeros_like(seen_draws))[1]
+        claimed = state[partition.states] @ given.observation.mT + given.shift
+        pairs.append(("observe", seen[partition.observed], claimed))
+        pairs += [
+            ("observe", *pair) for pair in _linear(observe, state, seen_draws)
+        ]
+        cotangent = jax.random.normal(keys[4], seen.shape, float)
+        response = noise_response(observe, state, seen_draws)
+        returned = jnp.zeros_like(observe(state, seen_draws)[0])
+        found = response(returned, cotangent)[1][partition.observed]
+        pairs.append(("observe", found, cotangent[partition.observed] @ given.noise))
+    return max(_compare(*pair) for pair in pairs)
+
+
+def _means(run: AffineMap, state, draws, step: Step, partition: Partition) -> list:
+    moved, seen = run(state, jnp.zeros_like(draws))
+    blocks = state[partition.states]
+    pairs = [(moved[partition.states], blocks @ step.transition.mT + step.shift)]
+    if step.evidence is not None:
+        given = step.evidence
+        pairs.append((seen[partition.evidence], blocks @ given.observation.mT + given.shift))
+    return pairs
+
+
+def _noise(run: AffineMap, state, draws, step: Step, partition: Partition, rng) -> list:
+    moved, seen = run(state, draws)
+    first, second = jax.random.split(rng)
+    along_state = jax.random.normal(first, moved.shape, float)
+    along_seen = jax.random.normal(second, seen.shape, float)
+    found_state, found_seen = noise_response(run, state, draws)(along_state, along_seen)
+    blocks = along_state[partition.states]
+    claimed_state = blocks @ step.drift
+    pairs = _linear(run, state, draws)
+    if step.evidence is not None:
+        sights = along_seen[partition.evidence]
+        claimed_state += sights @ step.evidence.cross.mT
+        claimed_seen = blocks @ step.evidence.cross + sights @ step.evidence.noise
+        pairs.append((found_seen[partition.evidence], claimed_seen))
+    return [*pairs, (found_state[partition.states], claimed_state)]
+
+
+def _linear(run: AffineMap, state, draws) -> list:
+    """Plain evaluation along the draws against the derivative along the draws."""
+    origin = run(state, jnp.zeros_like(draws))
+    derivative = jax.jvp(lambda d: run(state, d), (jnp.zeros_like(draws),), (draws,))[1]
+    return [
+        (there - here, along)
+        for there, here, along in zip(run(state, draws), origin, derivative, strict=True)
+    ]
+
+
+def _compare(function: str, found: Array, claimed: Array) -> float:
+    scale = max(1.0, float(jnp.max(jnp.abs(found), initial=0)))
+    disagreement = float(jnp.max(jnp.abs(found - claimed), initial=0)) / scale
+    if not disagreement <= TOLERANCE:
+        raise NotLinearGaussian(
+            function,
+            "",
+            "plain evaluation disagrees with the coefficients read by differentiation (relative "
+            f"error {disagreement:.1e}): a custom derivative, or a function that answers "
+            "differently when called again",
+        )
+    return disagreement

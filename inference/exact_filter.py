@@ -1,0 +1,230 @@
+"""The exact filter of a design model, ready to run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float
+
+from design_models import DesignModel, ModelError
+from design_models.policy import Exact, Policy
+
+from .extraction import (
+    arrange_observed,
+    draws_size,
+    observed_values,
+    output_map,
+    prior_belief,
+    step_coefficients,
+)
+from .kalman import advance, advance_factor, factorise, predict
+from .linear_gaussian import Belief, Observed, Step
+from .partition import Partition
+from .policies import advance_under
+from .proof import Proof
+from .structure import Structure, describe
+
+
+class Prediction(eqx.Module):
+    """What a read-out says: Gaussian, entry by entry; the mean is the layer's output."""
+
+    mean: Float[Array, "*time output"]
+    variance: Float[Array, "*time output"]
+
+
+class Filtered(eqx.Module):
+    """A filtered sequence.
+
+    Args:
+        means: after each step, in the memory's own shape with a leading time axis.
+        covariances: (time, key, key) where all rows share one, else over the flattened memory.
+        predictions: the read-out after each step.
+        log_evidence: log density of each step's observations given those before.
+        beliefs: the same means and covariances in blocks.
+    """
+
+    means: Any
+    covariances: Float[Array, "time state state"]
+    predictions: Prediction
+    log_evidence: Float[Array, " time"]
+    beliefs: Belief
+
+    @property
+    def outputs(self) -> Float[Array, "time output"]:
+        return self.predictions.mean
+
+    @property
+    def output_variances(self) -> Float[Array, "time output"]:
+        return self.predictions.variance
+
+
+@dataclass(frozen=True)
+class ExactFilter:
+    """The exact Kalman filter derived from a design model.
+
+    Made by `inference.derive`. `run` filters a sequence; `initial`, `coefficients`, `update`,
+    `read` are its parts, for one step.
+    """
+
+    model: DesignModel
+    proof: Proof
+    partition: Partition
+    structure: Structure
+    examples: Mapping[str, Array]
+
+    @classmethod
+    def build(
+        cls,
+        model: DesignModel,
+        proof: Proof,
+        partition: Partition,
+        examples: Mapping[str, Array],
+    ) -> "ExactFilter":
+        draft = cls(model, proof, partition, Structure.undetermined(), examples)
+        return cls(model, proof, partition, describe(draft), examples)
+
+    # -- one step ----------------------------------------------------------------------------
+
+    def initial(self) -> Belief:
+        """The prior belief."""
+        return prior_belief(self.proof, self.partition)
+
+    def coefficients(self, u: Mapping[str, Array]) -> Step:
+        """One step's coefficients in blocks."""
+        return step_coefficients(self.proof, self.partition, u)
+
+    def observed(self, u: Mapping[str, Array]) -> Observed:
+        """One step's observed values as `u` gives them."""
+        return arrange_observed(self.partition, *observed_values(self.proof, u))
+
+    def update(self, belief: Belief, u: Mapping[str, Array]) -> Belief:
+        """One exact step: predict, then absorb what `u` says was observed."""
+        return advance(belief, self.coefficients(u), self.observed(u))[0]
+
+    def read(self, belief: Belief, u: Mapping[str, Array]) -> Prediction:
+        r"""The read-out's predictive distribution, $N(H m + h,\; \mathrm{diag}(H P H^\top + R))$."""
+        run = output_map(self.proof, u)
+        draws = jnp.zeros(draws_size(self.proof.readout), float)
+        state = self._flat(belief.mean)
+        mean, linear = jax.linearize(lambda state: run(state, draws), state)
+        transpose = jax.linear_transpose(linear, state)
+        rows = jax.vmap(lambda unit: transpose(unit)[0])(jnp.eye(mean.size))
+        blocks = rows[:, self.partition.states]
+        variance = jnp.einsum("obri,bij,obrj->o", blocks, belief.covariance, blocks)
+        if draws.size:
+            noise = jax.jacfwd(lambda draws: run(state, draws))(draws)
+            variance += jnp.sum(noise**2, axis=-1)
+        return Prediction(mean, variance)
+
+    # -- sequences ---------------------------------------------------------------------------
+
+    def run(
+        self,
+        inputs: Mapping[str, Array],
+        *,
+        policy: Policy | None = None,
+        form: Literal["covariance", "factor"] = "covariance",
+        observed: Float[Array, "time seen"] | None = None,
+    ) -> Filtered:
+        """Filter a sequence.
+
+        Args:
+            inputs: arrays with a leading time axis.
+            policy: what is done to the covariance before each write; exact where left out.
+            form: "factor" carries a square root of the covariance (the reference, exact policy).
+            observed: values to condition on in place of those in `inputs`: for each step, every
+                observed site of `transition`, then of `observe`, flattened.
+
+        Raises:
+            ModelError: `form="factor"` with a policy other than exact.
+        """
+        policy = Exact() if policy is None else policy
+        if form == "factor" and not isinstance(policy, Exact):
+            raise ModelError("`form` is 'factor'; that form is for the exact policy only.")
+        steps = jax.vmap(self.coefficients)(dict(inputs))
+        values = self.observations(inputs) if observed is None else observed
+        split = sum(site.size for site in self.proof.transition.observed)
+        arranged = jax.vmap(lambda y: arrange_observed(self.partition, y[:split], y[split:]))(
+            values
+        )
+        prior = self.initial()
+        start = factorise(prior) if form == "factor" else prior
+
+        def body(belief, moment):
+            step, seen, u = moment
+            if form == "factor":
+                belief, added = advance_factor(belief, step, seen)
+            else:
+                belief, added = advance_under(policy, belief, prior, step, seen, u)
+            plain = Belief(belief.mean, belief.covariance)
+            return belief, (plain, added)
+
+        _, (beliefs, log_evidence) = jax.lax.scan(body, start, (steps, arranged, dict(inputs)))
+        predictions = jax.vmap(self.read)(beliefs, dict(inputs))
+        return Filtered(
+            jax.vmap(self.memory)(beliefs.mean),
+            jax.vmap(self.shown_covariance)(beliefs.covariance),
+            predictions,
+            log_evidence,
+            beliefs,
+        )
+
+    def observations(self, inputs: Mapping[str, Array]) -> Float[Array, "time seen"]:
+        """Every step's observed values as the inputs give them, flattened in the order of sites."""
+        return jax.vmap(lambda u: jnp.concatenate(observed_values(self.proof, u)))(dict(inputs))
+
+    def forecast(
+        self, belief: Belief, inputs: Mapping[str, Array]
+    ) -> tuple[Belief, Prediction]:
+        """Beliefs and read-outs at later steps when nothing more is observed."""
+
+        def body(belief, u):
+            belief = predict(belief, self.coefficients(u))
+            return belief, (belief, self.read(belief, u))
+
+        return jax.lax.scan(body, belief, dict(inputs))[1]
+
+    # -- shapes ------------------------------------------------------------------------------
+
+    @cached_property
+    def shares_rows(self) -> bool:
+        """Whether all rows of a (value, key) memory share one key×key covariance."""
+        return self.structure.kind == "shared rows"
+
+    def memory(self, mean: Float[Array, "block row width"]) -> Any:
+        """Block means in the memory's own shape."""
+        template = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, mean.dtype), self.proof.memory)
+        return ravel_pytree(template)[1](self._flat(mean))
+
+    def _flat(self, mean: Float[Array, "block row width"]) -> Float[Array, " entry"]:
+        return jnp.zeros(mean.size, mean.dtype).at[self.partition.states].set(mean)
+
+    def dense_covariance(
+        self, covariance: Float[Array, "block width width"]
+    ) -> Float[Array, "entry entry"]:
+        """Covariance of the flattened memory: for small memories."""
+        states = self.partition.states
+        repeated = jnp.broadcast_to(covariance[:, None], (*states.shape, states.shape[-1]))
+        size = states.size
+        dense = jnp.zeros((size, size), covariance.dtype)
+        return dense.at[states[..., :, None], states[..., None, :]].set(repeated)
+
+    def shown_covariance(
+        self, covariance: Float[Array, "block width width"]
+    ) -> Float[Array, "state state"]:
+        """Key×key where all rows share one covariance, else over the flattened memory."""
+        return covariance[0] if self.shares_rows else self.dense_covariance(covariance)
+
+    def belief(self, memory: Any, covariance: Float[Array, "state state"]) -> Belief:
+        """A belief from a mean in the memory's shape and a covariance as `run` shows it."""
+        flat, _ = ravel_pytree(memory)
+        states = self.partition.states
+        if self.shares_rows:
+            return Belief(flat[states], covariance[None])
+        first = states[:, 0]
+        return Belief(flat[states], covariance[first[..., :, None], first[..., None, :]])

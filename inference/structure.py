@@ -1,0 +1,157 @@
+"""What kind of filter was derived, in words, and what it can be compiled to."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from .linear_gaussian import Step
+
+if TYPE_CHECKING:
+    from .exact_filter import ExactFilter
+
+Kind = Literal["shared rows", "separate rows", "scalar", "diagonal", "blocks", "dense"]
+MatrixKind = Literal["zero", "identity", "scalar", "diagonal", "dense"]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The structure of a derived filter.
+
+    Args:
+        kind: "shared rows" (one key×key covariance), "separate rows" (one for each row), "scalar"
+            (one variance), "diagonal" (a variance per column or entry), "blocks", "dense".
+        words: the same in a sentence.
+        transition: shape of the matrix F that moves a row.
+        drift: shape of the process noise Q of a row.
+        evidence: numbers observed about the change, per row and step.
+        observations: numbers observed about the memory, per row and step.
+        shifted: whether means are shifted by the transition or the observation.
+    """
+
+    kind: Kind
+    words: str
+    transition: MatrixKind
+    drift: MatrixKind
+    evidence: int
+    observations: int
+    shifted: bool
+
+    @classmethod
+    def undetermined(cls) -> "Structure":
+        return cls("dense", "", "dense", "dense", 0, 0, True)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Compiled paths that a filter of this structure qualifies for, slowest first."""
+        if self.kind != "shared rows":
+            return ("token", "parallel")
+        if self.transition == "dense" or self.drift == "dense" or self.evidence or self.shifted:
+            return ("token", "parallel")
+        return ("token", "chunked", "parallel", "kernel")
+
+    @property
+    def why_paths(self) -> str:
+        """Why these paths and no others."""
+        if "kernel" in self.paths:
+            return (
+                "rows share one covariance, and decay and drift act on keys one by one: matrix "
+                "products within chunks, and the GPU kernel at widths 64 and 128"
+            )
+        if self.kind in ("scalar", "diagonal"):
+            return "entries are filtered one by one: an elementwise scan, parallel in time"
+        if self.kind == "shared rows":
+            reason = (
+                "evidence is about the change"
+                if self.evidence
+                else "means are shifted"
+                if self.shifted
+                else "keys are mixed by the transition or the drift"
+            )
+            return f"{reason}, so the chunked form and the GPU kernel do not apply"
+        return "no covariance is shared by the rows, so the general filter is used"
+
+
+_TOLERANCE = 1e-9
+
+
+def describe(exact: "ExactFilter") -> Structure:
+    """Describe a derived filter from its coefficients at its examples."""
+    steps = jax.jit(jax.vmap(exact.coefficients))(dict(exact.examples))
+    partition = exact.partition
+    kind, words = _kind(exact)
+    return Structure(
+        kind,
+        words,
+        matrix_kind(steps.transition),
+        matrix_kind(steps.drift),
+        0 if partition.evidence is None else partition.evidence.shape[-1],
+        0 if partition.observed is None else partition.observed.shape[-1],
+        _shifted(steps),
+    )
+
+
+def matrix_kind(matrices: Array) -> MatrixKind:
+    """Kind of a stack of square matrices: the most special one that all of them have."""
+    stack = np.asarray(matrices)
+    identity = np.eye(stack.shape[-1])
+    scale = max(1.0, float(np.max(np.abs(stack), initial=0)))
+
+    def close(other: np.ndarray) -> bool:
+        return bool(np.max(np.abs(stack - other), initial=0) <= _TOLERANCE * scale)
+
+    if close(np.zeros_like(stack)):
+        return "zero"
+    if close(identity):
+        return "identity"
+    if close(stack[..., :1, :1] * identity):
+        return "scalar"
+    return "diagonal" if close(stack * identity) else "dense"
+
+
+def _shifted(steps: Step) -> bool:
+    parts = [steps.shift]
+    for given in (steps.evidence, steps.observation):
+        if given is not None:
+            parts.append(given.shift)
+    return any(bool(jnp.any(jnp.abs(part) > _TOLERANCE)) for part in parts)
+
+
+def _kind(exact: "ExactFilter") -> tuple[Kind, str]:
+    partition = exact.partition
+    leaves = jax.tree.leaves(exact.proof.memory)
+    size = partition.states.size
+    matrix = leaves[0].shape if len(leaves) == 1 and leaves[0].ndim == 2 else None
+    if matrix is None and len(leaves) == 1 and leaves[0].ndim == 1:
+        matrix = (1, *leaves[0].shape)
+    if partition.width == 1 and size > 1:
+        if partition.blocks == 1:
+            return "scalar", f"All {size} entries of the memory share one variance."
+        if partition.rows == 1:
+            return "diagonal", f"Each of the {size} entries has a variance of its own."
+        return "diagonal", (
+            f"The {size} entries are independent and have {partition.blocks} different variances, "
+            f"each shared by {partition.rows} entries."
+        )
+    rows_are_rows = matrix is not None and np.array_equal(
+        partition.states.reshape(-1, partition.width), np.arange(size).reshape(matrix)
+    ) and partition.width == matrix[1]
+    if rows_are_rows and partition.blocks == 1:
+        return "shared rows", (
+            f"The {partition.rows} rows of the memory share one "
+            f"{partition.width}×{partition.width} covariance."
+        )
+    if rows_are_rows and partition.rows == 1:
+        return "separate rows", (
+            f"The {partition.blocks} rows are independent, each with a "
+            f"{partition.width}×{partition.width} covariance of its own."
+        )
+    if partition.width < size:
+        return "blocks", (
+            f"The memory falls into {partition.blocks * partition.rows} independent groups of "
+            f"{partition.width} entries with {partition.blocks} different covariances."
+        )
+    return "dense", f"All {size} entries are tied together: one {size}×{size} covariance."
