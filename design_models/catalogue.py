@@ -58,7 +58,7 @@ def recurrence(name: str) -> Recurrence:
     """
     if name not in CATALOGUE:
         wanted = name.lower().replace("-", "_").replace(" ", "_")
-        close = difflib.get_close_matches(wanted, CATALOGUE, n=3, cutoff=0.5)
+        close = difflib.get_close_matches(wanted, CATALOGUE, n=3, cutoff=0.6)
         known = (
             f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(CATALOGUE)}."
         )
@@ -157,7 +157,8 @@ _RECURRENCES = (
         partial(associative_regression, observations=2),
         Reset(1.0),
         "Siems et al. (2025), arXiv 2502.10297",
-        "reduction: two observations a step, covariance reset before each of them in turn",
+        "reduction: two observations a step, covariance reset before each of them in turn; "
+        "reflections (β‖k‖² > 1) have no noise variance",
     ),
     Recurrence(
         "longhorn",
@@ -190,7 +191,7 @@ _RECURRENCES = (
         partial(associative_regression, decay="key", drift="scalar"),
         Isotropic(),
         "Bui, Huang & Ying (2026), arXiv 2609.07816",
-        "reduction: one variance for all keys; as shipped it counts each token's information K times",
+        "reduction: one variance for all keys; as shipped a token's information counts K times",
     ),
     Recurrence(
         "kalman_delta_diagonal",
@@ -198,7 +199,7 @@ _RECURRENCES = (
         partial(associative_regression, decay="key", drift="key"),
         Diagonal(),
         "Bui, Huang & Ying (2026), arXiv 2609.07816",
-        "reduction: one variance per key; as shipped it counts each token's information K times",
+        "reduction: one variance per key; as shipped a token's information counts K times",
     ),
     Recurrence(
         "bayesian_static",

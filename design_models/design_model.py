@@ -54,13 +54,21 @@ class DesignModel:
                 )
 
     def read(self, memory: Any, u: Inputs) -> Any:
-        """Read the memory: `readout`, or `memory @ u["query"]` where there is none.
+        """Read the memory: what `readout` returns, else the values of its sites.
+
+        Without a `readout`, `memory @ u["query"]`.
 
         Raises:
-            ModelError: no `readout`, and the memory is not one array, or `u` holds no query.
+            ModelError: `readout` returns nothing and samples nothing; or there is none, and the
+                memory is not one array, or `u` holds no query.
         """
         if self.readout is not None:
-            return self.readout(memory, u)
+            with handlers.trace() as met:
+                returned = self.readout(memory, u)
+            sites = [site["value"] for site in met.values() if site["type"] == "sample"]
+            if returned is None and not sites:
+                raise ModelError("`readout` returns nothing and samples nothing; return the output.")
+            return sites if returned is None else returned
         if not hasattr(memory, "ndim"):
             raise ModelError(
                 f"the memory is a {type(memory).__name__}, so `memory @ query` means nothing; "

@@ -20,7 +20,8 @@ class Reset:
     r"""Forget the covariance before each observation: $P^- = \sigma^2 I$.
 
     Where a step holds several observations it is reset before every one of them, in their order.
-    With design model A the gain is β k, β = σ²/(σ²‖k‖² + r): the delta rule.
+    With design model A the gain is β k, β = σ²/(σ²‖k‖² + r): the delta rule. Then β‖k‖² < 1; the
+    reflections that some delta-rule layers allow (β up to 2 for unit keys) have no noise variance.
 
     Args:
         variance: σ².
@@ -38,10 +39,10 @@ class Reset:
 
 @dataclass(frozen=True)
 class Forget:
-    r"""Fade the evidence: $\Lambda^- = \gamma\Lambda + (1-\gamma)\Lambda_0$, and η alike.
+    r"""Fade the evidence: $\Lambda^- = \gamma\Lambda + (1-\gamma)\Lambda_0$, η alike.
 
-    Λ is the precision, η = Λ·mean, Λ₀ and η₀ those of the prior; the belief of the step before is
-    pulled towards the prior by γ_t, in natural parameters, before the transition of step t.
+    Λ is the precision, η = Λ·mean, Λ₀ and η₀ those of the prior: before the write of step t, the
+    predicted belief is pulled towards the prior in natural parameters.
 
     Args:
         rate: the name of the input that holds γ_t, in (0, 1], one number a step.

@@ -1,6 +1,6 @@
 """Derivation of exact Kalman filters from design models, their reductions, oracles and proofs."""
 
-from .derive import derive as derive
+from .derivation import derive as derive
 from .errors import NotLinearGaussian as NotLinearGaussian
 from .errors import NotSupported as NotSupported
 from .exact_filter import ExactFilter as ExactFilter

@@ -93,7 +93,7 @@ REASONS = {
     "custom_vjp_call": "the latent passes through an operation with a custom derivative",
     "pure_callback": "the latent passes through a Python callback",
 }
-LIBRARIES = ("jax", "jaxlib", "numpyro", "equinox")
+LIBRARIES = ("jax", "jaxlib", "numpyro", "equinox", "jaxtyping", "beartype")
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,8 @@ def user_location(frames: Iterable[Any]) -> str:
 def _library_folders() -> tuple[str, ...]:
     specs = [importlib.util.find_spec(name) for name in LIBRARIES]
     files = [spec.origin for spec in specs if spec is not None and spec.origin is not None]
-    return tuple(os.path.dirname(file) + os.sep for file in [*files, __file__])
+    # beartype's wrappers call themselves `<@beartype(...)>`.
+    return "<@", *(os.path.dirname(file) + os.sep for file in [*files, __file__])
 
 
 def _in_library(path: str) -> bool:
@@ -309,8 +310,9 @@ def _power(eqn: JaxprEqn, operands: _Values) -> _Value:
     if eqn.primitive.name == "pow":
         power = eqn.invars[1]
         exponent = power.val if isinstance(power, Literal) and np.ndim(power.val) == 0 else None
-    if exponent in (0, 1, 2) and operands[0].degree * exponent < NOT_POLYNOMIAL:
-        return _Value(operands[0].degree * int(exponent), bounded=operands[0].bounded)
+    whole = next((n for n in (0, 1, 2) if n == exponent), NOT_POLYNOMIAL)
+    if operands[0].degree * whole < NOT_POLYNOMIAL and whole < NOT_POLYNOMIAL:
+        return _Value(operands[0].degree * whole, bounded=operands[0].bounded)
     which = "a power" if exponent is None else f"power {exponent}"
     return _refuse(eqn, operands, f"{which} of a quantity that depends on the latent")
 

@@ -15,10 +15,10 @@ from design_models import DesignModel, ModelError
 from design_models.policy import Exact, Policy
 
 from .extraction import (
+    affine_map,
     arrange_observed,
     draws_size,
     observed_values,
-    output_map,
     prior_belief,
     step_coefficients,
 )
@@ -108,16 +108,16 @@ class ExactFilter:
 
     def read(self, belief: Belief, u: Mapping[str, Array]) -> Prediction:
         r"""The read-out's predictive distribution, $N(H m + h,\; \mathrm{diag}(H P H^\top + R))$."""
-        run = output_map(self.proof, u)
+        run = affine_map(self.proof.readout, self.proof.memory, u)
         draws = jnp.zeros(draws_size(self.proof.readout), float)
         state = self._flat(belief.mean)
-        mean, linear = jax.linearize(lambda state: run(state, draws), state)
+        mean, linear = jax.linearize(lambda state: run(state, draws)[0], state)
         transpose = jax.linear_transpose(linear, state)
         rows = jax.vmap(lambda unit: transpose(unit)[0])(jnp.eye(mean.size))
         blocks = rows[:, self.partition.states]
         variance = jnp.einsum("obri,bij,obrj->o", blocks, belief.covariance, blocks)
         if draws.size:
-            noise = jax.jacfwd(lambda draws: run(state, draws))(draws)
+            noise = jax.jacfwd(lambda draws: run(state, draws)[0])(draws)
             variance += jnp.sum(noise**2, axis=-1)
         return Prediction(mean, variance)
 

@@ -47,23 +47,6 @@ def affine_map(function: ProvedFunction, memory: Any, u: Mapping[str, Array]) ->
     return run
 
 
-def output_map(proof: Proof, u: Mapping[str, Array]) -> Callable[[Vector, Vector], Vector]:
-    """The read-out as an affine map of memory and draws: what it returns, else its sites."""
-    function = proof.readout
-    _, unravel = ravel_pytree(_zeros(proof.memory))
-    _, unravel_draws = ravel_pytree({s.name: jnp.zeros(s.shape, float) for s in function.sites})
-
-    def run(state: Vector, draws: Vector) -> Vector:
-        returned, sites = run_with_draws(
-            function.name, function.call, (unravel(state), u), unravel_draws(draws)
-        )
-        if not jax.tree.leaves(returned):
-            returned = [site.value for site in sites.values()]
-        return ravel_pytree(jax.tree.map(lambda leaf: jnp.asarray(leaf, float), returned))[0]
-
-    return run
-
-
 def draws_size(function: ProvedFunction) -> int:
     """How many standard normal draws drive a function."""
     return sum(site.size for site in function.sites)

@@ -12,6 +12,7 @@ It does not cover: that log densities are normalised and that automatic differen
 and rounding.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -173,6 +174,7 @@ def _prove_function(
     for site in sites:
         if density[site.name].degree > _QUADRATIC:
             _refuse_density(name, call, site, memory, values, u, density[site.name])
+    whole = _definition(source)
     for site_name, degree in fixed.items():
         _refuse_above(name, site_name, degree, _AFFINE, "its fixed value is not affine in the memory")
     for site_name, degree in hidden.items():
@@ -180,15 +182,25 @@ def _prove_function(
     for site_name, degree in observation.items():
         _refuse_above(name, site_name, degree, 0, "its observed value depends on the memory")
     for degree in jax.tree.leaves(returned, is_leaf=lambda leaf: isinstance(leaf, Degree)):
-        _refuse_above(name, "", degree, _AFFINE, "what it returns is not affine in the memory")
+        _refuse_above(
+            name, "", degree, _AFFINE, "what it returns is not affine in the memory", whole
+        )
     takes_memory = memory is not None
     return ProvedFunction(name, call, takes_memory, sites, result)
 
 
-def _refuse_above(function: str, site: str, degree: Degree, most: int, reason: str) -> None:
+def _refuse_above(
+    function: str, site: str, degree: Degree, most: int, reason: str, whole: str = ""
+) -> None:
     if degree.degree > most:
         detail = f": {degree.reason}" if degree.reason else ""
-        raise NotLinearGaussian(function, site, reason + detail, degree.location)
+        raise NotLinearGaussian(function, site, reason + detail, degree.location or whole)
+
+
+def _definition(function: Any) -> str:
+    """Where a function is defined, "" where that cannot be known."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else ""
 
 
 def _refuse_density(

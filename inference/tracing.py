@@ -127,7 +127,7 @@ class _Watch(Messenger):
         self._check_sample(msg)
         observation = msg["value"] if msg["is_observed"] else None
         if isinstance(innermost(msg["fn"]), dist.Delta):
-            msg["value"] = innermost(msg["fn"]).v
+            msg["value"] = msg["fn"].sample(jax.random.key(0), msg["kwargs"]["sample_shape"])
         elif (value := self.value_of(name, msg["fn"])) is not None:
             msg["value"] = value
         if msg["value"] is None:

@@ -14,7 +14,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import Primitive
+from jax.extend.core import Primitive, primitives
 
 from inference import degree as degree_module
 from inference.degree import NOT_POLYNOMIAL, Degree, degrees, user_location
@@ -102,6 +102,11 @@ def dot_with(x, matrix):
     return lax.conv_general_dilated(x[None, None], matrix[None, None], (1,), "SAME")
 
 
+def called_closed(x, function):
+    return primitives.closed_call_p.bind(x, call_jaxpr=jax.make_jaxpr(function)(x))[0]
+
+
+COUNTS = np.arange(3)
 spoofed_negation = Primitive("neg")
 spoofed_negation.def_abstract_eval(lambda x: x)
 
@@ -131,6 +136,14 @@ CASES = [
     ("vmap", jax.vmap(lambda a: a * 3), 1),
     ("jit", jax.jit(lambda x: x + 1), 1),
     ("checkpoint", jax.checkpoint(lambda x: x * 2), 1),
+    ("closed call", lambda x: called_closed(x, lambda y: 3 * y), 1),
+    ("closed call of tanh", lambda x: called_closed(x, jnp.tanh), 3),
+    ("vmapped while", lambda x: jax.vmap(lambda a, n: loop(n, lambda c: 2 * c, a))(x, COUNTS), 1),
+    (
+        "vmapped cond",
+        lambda x: jax.vmap(lambda a, n: lax.cond(n > 1, abs, jnp.negative, a))(x, COUNTS),
+        3,
+    ),
     ("checkpoint_name", lambda x: checkpoint_name(x, "x"), 1),
     ("optimization_barrier keeps each", lambda x: lax.optimization_barrier((x, 1.0))[0], 1),
     ("device_put", jax.device_put, 1),

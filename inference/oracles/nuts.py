@@ -1,0 +1,121 @@
+"""Oracle 2: NUTS on the same model.
+
+Observed values are amplified: the posterior covariance does not depend on them, so errors of the
+gain grow while the Monte Carlo error stays. Draws of the last memory and read-out are compared
+with the claim in units of Monte Carlo standard error (ArviZ), over all statistics together at the
+false-alarm rate of `statistics.FALSE_ALARM`. A chain that has not converged decides nothing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from numpyro.infer import MCMC, NUTS
+
+from arviz_stats.base import array_stats
+from design_models import DesignModel
+
+from ..claim import Claimant
+from .check import Check
+from .program import Program, Seen
+from .statistics import impossible, largest, moments, whiten
+
+ORACLE = "NUTS"
+AMPLIFICATION = 10.0
+CHAINS = 4
+_WARMUP, _SAMPLES = 500, 1000
+_LARGEST_RHAT, _SMALLEST_ESS = 1.01, 400
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Draws (chain, draw, entry) of the last memory and read-out, and how the chains did."""
+
+    memory: Float[np.ndarray, "chain draw entry"]
+    output: Float[np.ndarray, "chain draw output"]
+    rhat: float
+    ess: float
+    divergences: int
+
+
+def sample(program: Program, seen: Seen, seed: int) -> Posterior:
+    """Sample the posterior of a sequence's latents; a chain that mixed badly is run again, longer."""
+    start = jnp.zeros((CHAINS, program.size), float)
+    kernel = NUTS(
+        potential_fn=lambda latents: -program.log_joint(latents, seen),
+        dense_mass=program.size <= 200,
+    )
+    for lengthen in (1, 4):
+        mcmc = MCMC(
+            kernel,
+            num_warmup=_WARMUP,
+            num_samples=_SAMPLES * lengthen,
+            num_chains=CHAINS,
+            chain_method="vectorized",
+            progress_bar=False,
+        )
+        mcmc.run(jax.random.key(seed), init_params=start)
+        latents = mcmc.get_samples(group_by_chain=True)
+        memory, output = (
+            np.asarray(part) for part in jax.jit(jax.vmap(jax.vmap(program.outcome)))(latents)
+        )
+        draws = np.concatenate([memory, output], axis=-1)
+        varying = np.ptp(draws, axis=(0, 1)) > 0
+        rhat = array_stats.rhat(draws[..., varying], chain_axis=0, draw_axis=1)
+        ess = array_stats.ess(draws[..., varying], chain_axis=0, draw_axis=1)
+        divergences = int(mcmc.get_extra_fields().get("diverging", np.zeros(1)).sum())
+        posterior = Posterior(
+            memory, output, float(np.max(rhat)), float(np.min(ess)), divergences
+        )
+        if posterior.rhat < _LARGEST_RHAT and posterior.ess > _SMALLEST_ESS:
+            break
+    return posterior
+
+
+def judge(
+    model: DesignModel,
+    claim: Claimant,
+    inputs: Mapping[str, Array],
+    seen: Seen,
+    *,
+    seed: int,
+) -> list[Check]:
+    """Compare a claim about the last step with draws of the posterior."""
+    amplified = AMPLIFICATION * seen
+    posterior = sample(Program(model, inputs), amplified, seed)
+    return compare(claim, inputs, amplified, posterior)
+
+
+def compare(
+    claim: Claimant, inputs: Mapping[str, Array], seen: Seen, posterior: Posterior
+) -> list[Check]:
+    """Compare a claim with draws that were made before."""
+    claimed = jax.tree.map(np.asarray, jax.jit(claim)(inputs, seen))
+    checks = [
+        Check(ORACLE, "R-hat", posterior.rhat, _LARGEST_RHAT, "ratio"),
+        Check(ORACLE, "400 / effective draws", _SMALLEST_ESS / posterior.ess, 1.0, "ratio"),
+        Check(ORACLE, "divergences", posterior.divergences, 0, "count"),
+    ]
+    memory = whiten(posterior.memory, claimed.means[-1], claimed.covariances[-1])
+    output = whiten(
+        posterior.output, claimed.output_means[-1], np.diag(claimed.output_variances[-1])
+    )
+    if memory is None:
+        return [*checks, impossible(ORACLE, "memory")]
+    if output is None:
+        return [*checks, impossible(ORACLE, "read-out")]
+    scores = {"memory": _scores(moments(memory))}
+    # Read-outs of different rows may be correlated: only their margins are compared.
+    scores["read-out"] = _scores(np.concatenate([output, output**2 - 1], axis=-1))
+    total = sum(len(part) for part in scores.values())
+    return checks + [largest(ORACLE, name, part, total) for name, part in scores.items()]
+
+
+def _scores(statistic: Float[np.ndarray, "chain draw statistic"]) -> np.ndarray:
+    error = np.asarray(
+        array_stats.mcse(statistic, chain_axis=0, draw_axis=1, method="mean"), float
+    )
+    return np.mean(statistic, axis=(0, 1)) / error
