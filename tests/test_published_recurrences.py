@@ -17,7 +17,7 @@ from jla.ops import linear_attention
 from design_models.associative_regression import associative_regression
 from design_models.catalogue import CATALOGUE, recurrence
 from design_models.errors import ModelError
-from design_models.policy import Diagonal, Exact, Forget, Isotropic, Reset
+from design_models.policy import Diagonal, Exact, Forget, Isotropic, Policy, Reset
 from inference import derive
 
 STEPS = 12
@@ -336,10 +336,17 @@ def derived(name: str, value_width: int, key_width: int):
     return derive(CATALOGUE[name].model(value_width, key_width), as_jax(inputs))
 
 
-def run(name: str, published: Published):
-    _, value_width, key_width = published.means.shape
+@cache
+def compiled(name: str, policy: Policy, value_width: int, key_width: int):
+    """The filter under a policy, compiled once for all seeds."""
     exact = derived(name, value_width, key_width)
-    return exact.run(as_jax(published.inputs), policy=CATALOGUE[name].policy)
+    return jax.jit(lambda inputs: exact.run(inputs, policy=policy))
+
+
+def run(name: str, published: Published, policy: Policy | None = None):
+    policy = CATALOGUE[name].policy if policy is None else policy
+    _, value_width, key_width = published.means.shape
+    return compiled(name, policy, value_width, key_width)(as_jax(published.inputs))
 
 
 def covariances_of(filtered, value_width: int, key_width: int) -> np.ndarray:
@@ -376,7 +383,7 @@ def test_the_filter_is_the_published_recurrence(name, widths, seed):
 @pytest.mark.parametrize("name", ["deltanet", "gated_deltanet", "kda"])
 def test_delta_rule_write_strength_follows_from_noise_for_keys_of_any_norm(name):
     inputs = CATALOGUE[name].model(3, 4).draw_inputs(jax.random.key(5), STEPS)
-    filtered = derived(name, 3, 4).run(inputs, policy=CATALOGUE[name].policy)
+    filtered = compiled(name, CATALOGUE[name].policy, 3, 4)(inputs)
     memory = np.zeros((3, 4))
     for t in range(STEPS):
         k, v = np.asarray(inputs["key"][t]), np.asarray(inputs["value"][t])
@@ -435,8 +442,9 @@ def test_isotropic_that_counts_once_keeps_the_mean_of_the_posterior_precision():
 
 def one_step_precisions(name: str, policy, **changed) -> tuple[np.ndarray, np.ndarray]:
     """Posterior precision after one step, exact and reduced, both from the same prior."""
-    inputs = as_jax({**LOOPS[name](np.random.default_rng(6), 3, 4).inputs, **changed})
-    both = [derived(name, 3, 4).run(inputs, policy=each) for each in (Exact(), policy)]
+    published = LOOPS[name](np.random.default_rng(6), 3, 4)
+    published.inputs |= changed
+    both = [run(name, published, each) for each in (Exact(), policy)]
     exact, reduced = (np.linalg.inv(covariances_of(filtered, 3, 4)[0]) for filtered in both)
     return exact, reduced
 
