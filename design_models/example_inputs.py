@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -104,12 +104,7 @@ def draw_default_inputs(model: DesignModel, rng: PRNGKeyArray, steps: int) -> di
     names: dict[str, int] = {}
 
     def draws() -> dict[str, Array]:
-        drawn = {}
-        for index, (name, options) in enumerate(DEFAULTS.items()):
-            if name in names:
-                draw = options[names[name]]
-                drawn[name] = draw(jax.random.fold_in(rng, index), steps, value_width, key_width)
-        return drawn
+        return draw_named(names, rng, steps, value_width, key_width)
 
     while True:
         try:
@@ -132,6 +127,22 @@ def draw_default_inputs(model: DesignModel, rng: PRNGKeyArray, steps: int) -> di
     if model.readout is None:
         names.setdefault("query", 0)
     return draws()
+
+
+def draw_named(
+    names: Mapping[str, int] | Sequence[str],
+    rng: PRNGKeyArray,
+    steps: int,
+    value_width: int | None,
+    key_width: int,
+) -> dict[str, Array]:
+    """Draw the defaults of some names; a mapping chooses among a name's shapes by number."""
+    drawn = {}
+    for index, (name, options) in enumerate(DEFAULTS.items()):
+        if name in names:
+            draw = options[names[name] if isinstance(names, Mapping) else 0]
+            drawn[name] = draw(jax.random.fold_in(rng, index), steps, value_width, key_width)
+    return drawn
 
 
 def draw_own_inputs(model: DesignModel, rng: PRNGKeyArray, steps: int) -> dict[str, Array]:

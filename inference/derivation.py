@@ -88,11 +88,7 @@ def _discover(proof: Proof, examples: Mapping[str, Array]) -> Partition:
         sum(site.size for site in proof.transition.observed),
         sum(site.size for site in proof.observe.observed),
     )
-    generic = {
-        name: jnp.concatenate([array, _jitter(array, jax.random.key(index))])
-        for index, (name, array) in enumerate(sorted(examples.items()))
-    }
-    step = jax.jit(jax.vmap(lambda u: step_coefficients(proof, whole, u)))(generic)
+    step = jax.jit(jax.vmap(lambda u: step_coefficients(proof, whole, u)))(jittered(examples))
     prior = prior_belief(proof, whole)
 
     def dense(array: Any) -> np.ndarray | None:
@@ -113,7 +109,15 @@ def _discover(proof: Proof, examples: Mapping[str, Array]) -> Partition:
     )
 
 
-def _jitter(array: Array, rng: Array) -> Array:
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        return array
-    return array * (1 + _JITTER * jax.random.uniform(rng, array.shape, minval=-1))
+def jittered(examples: Mapping[str, Array]) -> dict[str, Array]:
+    """The examples followed by the same, every number multiplied by a random factor near 1."""
+
+    def jitter(array: Array, rng: Array) -> Array:
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            return array
+        return array * (1 + _JITTER * jax.random.uniform(rng, array.shape, minval=-1))
+
+    return {
+        name: jnp.concatenate([array, jitter(array, jax.random.key(index))])
+        for index, (name, array) in enumerate(sorted(examples.items()))
+    }

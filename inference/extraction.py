@@ -22,7 +22,7 @@ from .partition import Partition
 from .proof import Proof, ProvedFunction
 from .tracing import run_with_draws, run_with_values
 
-Vector = Float[Array, " entry"]
+Vector = Float[Array, "_"]
 Index = Int[np.ndarray, "block row width"]
 AffineMap = Callable[[Vector, Vector], tuple[Vector, Vector]]
 """(memory, draws) -> (returned, observed), all flattened."""

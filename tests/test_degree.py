@@ -98,8 +98,12 @@ def bfloat16_algorithm(x):
     return jnp.dot(jnp.asarray(MATRIX), x, precision=algorithm)
 
 
-def dot_with(x, matrix):
-    return lax.conv_general_dilated(x[None, None], matrix[None, None], (1,), "SAME")
+def tridiagonal(diagonal, x):
+    return lax.linalg.tridiagonal_solve(jnp.ones(3), diagonal, jnp.ones(3), x[:, None])
+
+
+def convolve(x, kernel):
+    return lax.conv_general_dilated(x[None, None], kernel[None, None], (1,), "SAME")
 
 
 def called_closed(x, function):
@@ -155,8 +159,9 @@ CASES = [
     ("triangular solve", lambda x: jax.scipy.linalg.solve_triangular(MATRIX, x), 1),
     ("linear solve", lambda x: jnp.linalg.solve(MATRIX, x), 1),
     ("Cholesky solve", lambda x: jax.scipy.linalg.cho_solve((MATRIX, True), x), 1),
-    ("tridiagonal solve", lambda x: lax.linalg.tridiagonal_solve(x * 0 + 1, x, x, x[:, None]), 3),
-    ("convolution", lambda x: dot_with(x, jnp.ones(2)), 1),
+    ("tridiagonal solve", lambda x: tridiagonal(jnp.full(3, 4.0), x), 1),
+    ("tridiagonal matrix of latents", lambda x: tridiagonal(x, x), 3),
+    ("convolution", lambda x: convolve(x, jnp.ones(2)), 1),
     ("x ** 1.0", lambda x: x**1.0, 1),
     ("scan: a * c + b", lambda x: scan(lambda c, u: (u * c + 1, c.sum()), x, jnp.arange(4.0)), 1),
     ("scan: latent in consts only", lambda x: scan(lambda c, _: (c + x[0], c), 0.0), 1),
@@ -199,7 +204,7 @@ CASES = [
     ("|z|² of a complex combination", lambda x: jnp.real(x * 1j * jnp.conj(x * 1j)), 2),
     ("scan accumulates squares", lambda x: scan(lambda c, u: (c + u**2, c), 0.0, x), 2),
     ("scan multiplies carry by xs", lambda x: scan(lambda c, u: (u, c * u), 1.0, x), 2),
-    ("convolution of latents", lambda x: dot_with(x, x), 2),
+    ("convolution of latents", lambda x: convolve(x, x), 2),
     (
         "cond branches of degree 1, 2",
         lambda x: lax.switch(jnp.array(0), [lambda: x, lambda: x**2]),

@@ -75,7 +75,8 @@ def recursion(
     model: DesignModel, policy: Policy, inputs: Mapping[str, Array], seen: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Means and covariances (time, entry), (time, entry, entry) of the flattened memory."""
-    with handlers.block(), _AtMean() as prior:
+    prior = _AtMean()
+    with handlers.block(), prior:
         memory = model.prior()
     start, unravel = ravel_pytree(memory)
     start = np.asarray(start, float)
@@ -126,7 +127,8 @@ def _after(policy, covariance, gain, row, variance, width):
 
 def _transition(model: DesignModel, u, unravel, size: int):
     def moved(state: np.ndarray) -> np.ndarray:
-        with handlers.block(), _AtMean() as met:
+        met = _AtMean()
+        with handlers.block(), met:
             result = ravel_pytree(model.transition(unravel(jnp.asarray(state)), u))[0]
         latents.update(met.latents)
         return np.asarray(result, float)
@@ -142,7 +144,8 @@ def _transition(model: DesignModel, u, unravel, size: int):
 
 def _observation(model: DesignModel, u, unravel, size: int):
     def seen(state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        with handlers.block(), _AtMean() as met:
+        met = _AtMean()
+        with handlers.block(), met:
             model.observe(unravel(jnp.asarray(state)), u)
         return tuple(
             np.concatenate([np.ravel(np.asarray(site[i], float)) for site in met.seen])
