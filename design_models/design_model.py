@@ -67,7 +67,9 @@ class DesignModel:
                 returned = self.readout(memory, u)
             sites = [site["value"] for site in met.values() if site["type"] == "sample"]
             if returned is None and not sites:
-                raise ModelError("`readout` returns nothing and samples nothing; return the output.")
+                raise ModelError(
+                    "`readout` returns nothing and samples nothing; return the output."
+                )
             return sites if returned is None else returned
         if not hasattr(memory, "ndim"):
             raise ModelError(

@@ -36,11 +36,8 @@ what it wrote (a mutable array, a file) may come back unseen.
 Source: Cousot & Cousot (1977), POPL, for the method; the degree lattice is elementary algebra.
 """
 
-import functools
-import importlib.util
 import operator
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,6 +46,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Primitive, primitives
+
+from . import locations
 
 NOT_POLYNOMIAL = 3
 
@@ -93,7 +92,6 @@ REASONS = {
     "custom_vjp_call": "the latent passes through an operation with a custom derivative",
     "pure_callback": "the latent passes through a Python callback",
 }
-LIBRARIES = ("jax", "jaxlib", "numpyro", "equinox", "jaxtyping", "beartype")
 
 
 @dataclass(frozen=True)
@@ -149,29 +147,9 @@ def degrees(fn: Callable[..., Any], latents: Any, *constants: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(shapes), proven)
 
 
-def user_location(frames: Iterable[Any]) -> str:
-    """Name the innermost frame outside the libraries as "path:line (function)", or return ""."""
-    for frame in frames:
-        if not _in_library(frame.file_name):
-            function = frame.function_name.rpartition("<locals>.")[2]
-            return f"{frame.file_name}:{frame.line_num} ({function})"
-    return ""
-
-
-@functools.cache
-def _library_folders() -> tuple[str, ...]:
-    specs = [importlib.util.find_spec(name) for name in LIBRARIES]
-    files = [spec.origin for spec in specs if spec is not None and spec.origin is not None]
-    # beartype's wrappers call themselves `<@beartype(...)>`.
-    return "<@", *(os.path.dirname(file) + os.sep for file in [*files, __file__])
-
-
-def _in_library(path: str) -> bool:
-    return path.startswith(_library_folders())
-
-
 def _location(eqn: JaxprEqn) -> str:
-    return user_location(getattr(eqn.source_info.traceback, "frames", ()))
+    frames = getattr(eqn.source_info.traceback, "frames", ())
+    return locations.of_frames((f.file_name, f.line_num, f.function_name) for f in frames)
 
 
 def _aval(atom: Any) -> Any:
@@ -393,7 +371,7 @@ def _call(eqn: JaxprEqn, operands: _Values) -> list[_Value]:
     outputs = _interpret(callee, operands)
     # JAX traces a library function such as `where` once: its lines name whoever called it first.
     source = (callee.debug_info.func_src_info or "").rpartition(" at ")[2]
-    if source and not _in_library(source):
+    if source and not locations.in_library(source):
         return outputs
     before, here = {(v.reason, v.location) for v in operands}, _location(eqn)
     return [

@@ -17,6 +17,7 @@ from .exact_filter import ExactFilter
 from .extraction import prior_belief, step_coefficients
 from .partition import Partition, discover, undivided
 from .proof import Proof, prove
+from .widening import widen_partition
 
 LARGEST_DENSE_MEMORY = 512
 """Structure is discovered from dense coefficients, for memories of up to this many entries."""
@@ -48,18 +49,15 @@ def derive(model: DesignModel, inputs: Mapping[str, Array] | None = None) -> Exa
             "(a whole NumPyro model becomes one by `design_models.from_scan`)."
         )
     with jax.enable_x64(True):
-        if inputs is None:
-            inputs = model.draw_inputs(jax.random.key(0), _CHECKED_STEPS)
-        checked = {name: check_input(name, value, None) for name, value in inputs.items()}
-        lengths = {name: len(array) for name, array in checked.items()}
-        if len(set(lengths.values())) != 1 or 0 in lengths.values():
-            raise ModelError(f"`inputs` have lengths {lengths}; give all the same, at least 1 step.")
-        examples = {
-            name: array[:_CHECKED_STEPS].astype(float)
-            if jnp.issubdtype(array.dtype, jnp.floating)
-            else array[:_CHECKED_STEPS]
-            for name, array in checked.items()
-        }
+        exact = draft(model, inputs)
+        check_against_model(exact)
+        return exact
+
+
+def draft(model: DesignModel, inputs: Mapping[str, Array] | None = None) -> ExactFilter:
+    """Derive a filter without comparing its coefficients with plain evaluations."""
+    with jax.enable_x64(True):
+        examples = _examples(model, inputs)
         proof = prove(model, {name: array[0] for name, array in examples.items()})
         size = sum(leaf.size for leaf in jax.tree.leaves(proof.memory))
         if size > LARGEST_DENSE_MEMORY:
@@ -68,16 +66,56 @@ def derive(model: DesignModel, inputs: Mapping[str, Array] | None = None) -> Exa
                 "",
                 f"the memory has {size} entries; structure is discovered on at most "
                 f"{LARGEST_DENSE_MEMORY}: derive a narrower instance of the model, then "
-                "`.widen(model)` it to this one",
+                "`widen` it to this one",
             )
-        steps = len(jax.tree.leaves(examples)[0])
-        for t in range(steps):
-            check_sites(proof, {n: a[t] for n, a in examples.items()}, jax.random.key(t))
-        partition = _discover(proof, examples)
-        for t in range(steps):
-            u = {n: a[t] for n, a in examples.items()}
-            check_step(proof, partition, u, jax.random.key(t))
-        return ExactFilter.build(model, proof, partition, examples)
+        return ExactFilter.build(model, proof, _discover(proof, examples), examples)
+
+
+def widen(exact: ExactFilter, model: DesignModel) -> ExactFilter:
+    """Take a derived filter to a wider instance of its model, without dense coefficients.
+
+    The structure is carried over, and then certified at the new size: every coefficient is
+    compared with plain evaluations at random memories and draws in which all entries take part.
+
+    Args:
+        exact: the filter of a narrow instance.
+        model: the same design model at other widths.
+
+    Raises:
+        NotLinearGaussian: the wider model is refused, or has another structure.
+        ModelError: the structure does not carry over to another width.
+    """
+    with jax.enable_x64(True):
+        examples = _examples(model, None)
+        proof = prove(model, {name: array[0] for name, array in examples.items()})
+        partition = widen_partition(exact.partition, exact.proof, proof)
+        wide = ExactFilter(model, proof, partition, exact.structure, examples)
+        check_against_model(wide)
+        return wide
+
+
+def check_against_model(exact: ExactFilter) -> None:
+    """Compare a filter's coefficients with plain evaluations of its model, at its examples."""
+    for t in range(len(jax.tree.leaves(exact.examples)[0])):
+        u = {name: array[t] for name, array in exact.examples.items()}
+        check_sites(exact.proof, u, jax.random.key(t))
+        check_step(exact.proof, exact.partition, u, jax.random.key(t))
+
+
+def _examples(model: DesignModel, inputs: Mapping[str, Array] | None) -> dict[str, Array]:
+    """The first few steps of the inputs, in float64."""
+    if inputs is None:
+        inputs = model.draw_inputs(jax.random.key(0), _CHECKED_STEPS)
+    checked = {name: check_input(name, value, None) for name, value in inputs.items()}
+    lengths = {name: len(array) for name, array in checked.items()}
+    if len(set(lengths.values())) != 1 or 0 in lengths.values():
+        raise ModelError(f"`inputs` have lengths {lengths}; give all the same, at least 1 step.")
+    return {
+        name: array[:_CHECKED_STEPS].astype(float)
+        if jnp.issubdtype(array.dtype, jnp.floating)
+        else array[:_CHECKED_STEPS]
+        for name, array in checked.items()
+    }
 
 
 def _discover(proof: Proof, examples: Mapping[str, Array]) -> Partition:

@@ -35,7 +35,9 @@ def equations(exact: ExactFilter) -> list[str]:
             named = recognise(_by_entry(exact, np.asarray(array)), generic)
             lines.append(f"  with {symbol} = {named}")
     if structure.shifted:
-        lines.append("  means are also shifted: f (transition) and h (observation), constants or inputs")
+        lines.append(
+            "  means are also shifted: f (transition) and h (observation), constants or inputs"
+        )
     prior = exact.initial()
     lines.append(f"  start: mean {_constant(prior.mean)}, variance {_constant(prior.covariance)}")
     return lines
@@ -84,9 +86,7 @@ def _matrix_update(exact: ExactFilter) -> tuple[list[str], dict[str, str]]:
     return lines, names
 
 
-def _scalar_update(
-    exact: ExactFilter, sees_memory: bool
-) -> tuple[list[str], dict[str, str]]:
+def _scalar_update(exact: ExactFilter, sees_memory: bool) -> tuple[list[str], dict[str, str]]:
     structure = exact.structure
     moves = structure.transition != "identity"
     mean = "a m" if moves else "m"

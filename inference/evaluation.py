@@ -20,7 +20,7 @@ from .errors import NotLinearGaussian
 from .extraction import AffineMap, affine_map, draws_size, noise_response, step_coefficients
 from .linear_gaussian import Step
 from .partition import Partition
-from .proof import Proof, ProvedFunction
+from .proof import Proof
 from .tracing import Site, innermost, moments, run_with_values
 
 TOLERANCE = 1e-6
@@ -140,9 +140,7 @@ def check_step(
         seen = observe(state, jnp.zeros_like(seen_draws))[1]
         claimed = state[partition.states] @ given.observation.mT + given.shift
         pairs.append(("observe", seen[partition.observed], claimed))
-        pairs += [
-            ("observe", *pair) for pair in _linear(observe, state, seen_draws)
-        ]
+        pairs += [("observe", *pair) for pair in _linear(observe, state, seen_draws)]
         cotangent = jax.random.normal(keys[4], seen.shape, float)
         response = noise_response(observe, state, seen_draws)
         returned = jnp.zeros_like(observe(state, seen_draws)[0])

@@ -110,7 +110,7 @@ class ExactFilter:
         r"""The read-out's predictive distribution, $N(H m + h,\; \mathrm{diag}(H P H^\top + R))$."""
         run = affine_map(self.proof.readout, self.proof.memory, u)
         draws = jnp.zeros(draws_size(self.proof.readout), float)
-        state = self._flat(belief.mean)
+        state = self.flat(belief.mean)
         mean, linear = jax.linearize(lambda state: run(state, draws)[0], state)
         transpose = jax.linear_transpose(linear, state)
         rows = jax.vmap(lambda unit: transpose(unit)[0])(jnp.eye(mean.size))
@@ -178,9 +178,7 @@ class ExactFilter:
         """Every step's observed values as the inputs give them, flattened in the order of sites."""
         return jax.vmap(lambda u: jnp.concatenate(observed_values(self.proof, u)))(dict(inputs))
 
-    def forecast(
-        self, belief: Belief, inputs: Mapping[str, Array]
-    ) -> tuple[Belief, Prediction]:
+    def forecast(self, belief: Belief, inputs: Mapping[str, Array]) -> tuple[Belief, Prediction]:
         """Beliefs and read-outs at later steps when nothing more is observed."""
 
         def body(belief, u):
@@ -199,9 +197,10 @@ class ExactFilter:
     def memory(self, mean: Float[Array, "block row width"]) -> Any:
         """Block means in the memory's own shape."""
         template = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, mean.dtype), self.proof.memory)
-        return ravel_pytree(template)[1](self._flat(mean))
+        return ravel_pytree(template)[1](self.flat(mean))
 
-    def _flat(self, mean: Float[Array, "block row width"]) -> Float[Array, " entry"]:
+    def flat(self, mean: Float[Array, "block row width"]) -> Float[Array, " entry"]:
+        """Block means as the flattened memory."""
         return jnp.zeros(mean.size, mean.dtype).at[self.partition.states].set(mean)
 
     def dense_covariance(

@@ -106,9 +106,7 @@ def step_coefficients(proof: Proof, partition: Partition, u: Mapping[str, Array]
     return Step(transition, mean[partition.states], drift, evidence, observation)
 
 
-def arrange_observed(
-    partition: Partition, evidence: Vector, observation: Vector
-) -> Observed:
+def arrange_observed(partition: Partition, evidence: Vector, observation: Vector) -> Observed:
     """Arrange flattened observed values in the partition's blocks."""
     return Observed(
         None if partition.evidence is None else evidence[partition.evidence],

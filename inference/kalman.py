@@ -114,9 +114,7 @@ def advance_factor(
         zeros = jnp.zeros((*belief.cholesky.shape[:-1], given.noise.shape[-1]), above.dtype)
         below = jnp.concatenate([zeros, belief.cholesky], axis=-1)
         innovation = observed.observation - belief.mean @ given.observation.mT - given.shift
-        belief, added = _absorb(
-            belief.mean, jnp.concatenate([above, below], axis=-2), innovation
-        )
+        belief, added = _absorb(belief.mean, jnp.concatenate([above, below], axis=-2), innovation)
         log_evidence += added
     return belief, log_evidence
 
@@ -148,12 +146,12 @@ def _triangular(factor: Float[Array, "block row column"]) -> Float[Array, "block
 def _root(covariance: Float[Array, "block width width"]) -> Float[Array, "block width width"]:
     """A square root that may be singular: exact for a diagonal matrix, by eigenvectors otherwise."""
     diagonal = jnp.diagonal(covariance, axis1=-2, axis2=-1)
-    spread = covariance - diagonal[..., None] * jnp.eye(covariance.shape[-1], dtype=covariance.dtype)
-    values, vectors = jnp.linalg.eigh(covariance)
-    general = vectors * jnp.sqrt(jnp.maximum(values, 0))[..., None, :]
-    separate = jnp.sqrt(diagonal)[..., None] * jnp.eye(
+    spread = covariance - diagonal[..., None] * jnp.eye(
         covariance.shape[-1], dtype=covariance.dtype
     )
+    values, vectors = jnp.linalg.eigh(covariance)
+    general = vectors * jnp.sqrt(jnp.maximum(values, 0))[..., None, :]
+    separate = jnp.sqrt(diagonal)[..., None] * jnp.eye(covariance.shape[-1], dtype=covariance.dtype)
     return jnp.where(jnp.any(spread != 0, axis=(-2, -1), keepdims=True), general, separate)
 
 

@@ -6,7 +6,7 @@ from functools import cache, partial
 from design_models.catalogue import CATALOGUE, Recurrence
 from design_models.policy import Exact
 
-from .derivation import derive
+from .derivation import draft
 from .structure import Structure
 
 _GENERALITY = {"zero": 0, "identity": 0, "scalar": 1, "diagonal": 2, "dense": 3}
@@ -96,4 +96,4 @@ def same_design(first, second) -> bool:
 
 @cache
 def _derived_structure(name: str) -> Structure:
-    return derive(CATALOGUE[name].model()).structure
+    return draft(CATALOGUE[name].model()).structure

@@ -47,9 +47,7 @@ def advance_under(
     return predicted, log_evidence
 
 
-def prepare(
-    policy: Policy, predicted: Belief, prior: Belief, u: Mapping[str, Array]
-) -> Belief:
+def prepare(policy: Policy, predicted: Belief, prior: Belief, u: Mapping[str, Array]) -> Belief:
     """The belief that a policy writes with, from the exactly predicted one.
 
     Raises:
@@ -73,9 +71,7 @@ def prepare(
             return predicted
 
 
-def conclude(
-    policy: Policy, prepared: Belief, posterior: Belief, given: Observation
-) -> Belief:
+def conclude(policy: Policy, prepared: Belief, posterior: Belief, given: Observation) -> Belief:
     """The belief that a policy carries on, from the exact posterior of the prepared one."""
     width = prepared.mean.shape[-1]
     identity = jnp.eye(width, dtype=prepared.mean.dtype)

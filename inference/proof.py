@@ -24,9 +24,10 @@ from jaxtyping import Array
 
 from design_models import DesignModel, ModelError
 
+from . import locations
 from .degree import Degree, degrees
 from .errors import NotLinearGaussian, NotSupported
-from .tracing import innermost, run_with_values, user_location
+from .tracing import innermost, run_with_values
 
 _AFFINE, _QUADRATIC = 1, 2
 
@@ -174,9 +175,11 @@ def _prove_function(
     for site in sites:
         if density[site.name].degree > _QUADRATIC:
             _refuse_density(name, call, site, memory, values, u, density[site.name])
-    whole = _definition(source)
+    whole = locations.of_definition(inspect.unwrap(source))
     for site_name, degree in fixed.items():
-        _refuse_above(name, site_name, degree, _AFFINE, "its fixed value is not affine in the memory")
+        _refuse_above(
+            name, site_name, degree, _AFFINE, "its fixed value is not affine in the memory"
+        )
     for site_name, degree in hidden.items():
         _refuse_above(name, site_name, degree, 0, "its log_density re-weights the memory")
     for site_name, degree in observation.items():
@@ -195,12 +198,6 @@ def _refuse_above(
     if degree.degree > most:
         detail = f": {degree.reason}" if degree.reason else ""
         raise NotLinearGaussian(function, site, reason + detail, degree.location or whole)
-
-
-def _definition(function: Any) -> str:
-    """Where a function is defined, "" where that cannot be known."""
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    return f"{code.co_filename}:{code.co_firstlineno}" if code else ""
 
 
 def _refuse_density(
@@ -252,7 +249,7 @@ def _explain_python_control(
     except (NotLinearGaussian, ModelError):
         raise
     except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
-        location = user_location(error)
+        location = locations.of_error(error)
         try:
             jax.eval_shape(lambda memory: run(memory, dict(u)), memory)
         except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):
@@ -273,10 +270,10 @@ def _explain_python_control(
         held = ", ".join(u) or "nothing"
         raise ModelError(
             f"`{function}` reads u[{error}], but the inputs hold {held}; add it to `inputs` "
-            f"({user_location(error)})."
+            f"({locations.of_error(error)})."
         ) from error
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ModelError(
-            f"`{function}` raised {type(error).__name__}: {reason} ({user_location(error)})."
+            f"`{function}` raised {type(error).__name__}: {reason} ({locations.of_error(error)})."
         ) from error

@@ -78,4 +78,6 @@ def _past_kept(step: Step) -> Step:
         matrix = present(observation.observation)
         observation = Observation(matrix, observation.shift, observation.noise)
     shift = jnp.concatenate([jnp.zeros_like(step.shift), step.shift], axis=-1)
-    return Step(square(step.transition, identity), shift, square(step.drift, zero), evidence, observation)
+    return Step(
+        square(step.transition, identity), shift, square(step.drift, zero), evidence, observation
+    )

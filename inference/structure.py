@@ -136,9 +136,13 @@ def _kind(exact: "ExactFilter") -> tuple[Kind, str]:
             f"The {size} entries are independent and have {partition.blocks} different variances, "
             f"each shared by {partition.rows} entries."
         )
-    rows_are_rows = matrix is not None and np.array_equal(
-        partition.states.reshape(-1, partition.width), np.arange(size).reshape(matrix)
-    ) and partition.width == matrix[1]
+    rows_are_rows = (
+        matrix is not None
+        and np.array_equal(
+            partition.states.reshape(-1, partition.width), np.arange(size).reshape(matrix)
+        )
+        and partition.width == matrix[1]
+    )
     if rows_are_rows and partition.blocks == 1:
         return "shared rows", (
             f"The {partition.rows} rows of the memory share one "

@@ -10,31 +10,20 @@ Everything that is said about a model rests on three views of the same run:
 """
 
 import math
-import os
-import sys
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import equinox
 import jax
 import jax.numpy as jnp
-import jaxlib
-import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array
 from numpyro import handlers
 from numpyro.distributions import constraints
 from numpyro.primitives import Messenger
 
-import design_models.design_model
-
+from . import locations
 from .errors import NotLinearGaussian, NotSupported
-
-_LIBRARIES = tuple(
-    os.path.dirname(str(module.__file__)) + os.sep for module in (jax, jaxlib, numpyro, equinox)
-) + (os.path.dirname(__file__) + os.sep, design_models.design_model.__file__)
 
 LARGEST_DENSE_SITE = 1024
 """A site whose covariance is not elementwise is handled as a dense matrix up to this many entries."""
@@ -66,20 +55,6 @@ def innermost(distribution: dist.Distribution) -> dist.Distribution:
     ):
         distribution = distribution.base_dist
     return distribution
-
-
-def user_location(error: BaseException | None = None) -> str:
-    """Name the innermost line outside the libraries, on the stack now or of `error`."""
-    if error is None:
-        frames = [(f.f_code.co_filename, line) for f, line in traceback.walk_stack(sys._getframe())]
-    else:
-        frames = [
-            (f.f_code.co_filename, line) for f, line in traceback.walk_tb(error.__traceback__)
-        ][::-1]
-    for filename, line in frames:
-        if not filename.startswith(_LIBRARIES) and not filename.startswith("<frozen"):
-            return f"{filename}:{line}"
-    return ""
 
 
 def _masked(distribution: dist.Distribution) -> bool:
@@ -134,10 +109,10 @@ class _Watch(Messenger):
             msg["value"] = jnp.zeros(msg["kwargs"]["sample_shape"] + msg["fn"].shape(), float)
         if name in self.sites:
             self._refuse(name, "two sites of this function share one name")
-        self.sites[name] = Site(name, msg["fn"], msg["value"], observation, user_location())
+        self.sites[name] = Site(name, msg["fn"], msg["value"], observation, locations.here())
 
     def _refuse(self, site: str, reason: str, kind=NotSupported) -> None:
-        raise kind(self.function, site, reason, user_location())
+        raise kind(self.function, site, reason, locations.here())
 
     def _check_sample(self, msg: dict[str, Any]) -> None:
         name, distribution = msg["name"], msg["fn"]
@@ -145,7 +120,9 @@ class _Watch(Messenger):
         if isinstance(base, dist.Unit):
             self._refuse(name, "numpyro.factor re-weights the model, which then has no Kalman form")
         if _masked(distribution):
-            self._refuse(name, "masks are not followed; give a missing entry a large noise variance")
+            self._refuse(
+                name, "masks are not followed; give a missing entry a large noise variance"
+            )
         if msg["scale"] is not None:
             self._refuse(name, "handlers.scale and subsampling re-weight the site's log density")
         if isinstance(base, dist.Delta):
@@ -177,7 +154,7 @@ def _run(function: str, call: Callable[..., Any], arguments: tuple, watch: _Watc
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise NotSupported(
-            function, "", f"raised {type(error).__name__}: {reason}", user_location(error)
+            function, "", f"raised {type(error).__name__}: {reason}", locations.of_error(error)
         ) from error
 
 

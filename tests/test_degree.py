@@ -17,7 +17,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive, primitives
 
 from inference import degree as degree_module
-from inference.degree import NOT_POLYNOMIAL, Degree, degrees, user_location
+from inference import locations
+from inference.degree import NOT_POLYNOMIAL, Degree, degrees
 
 
 @pytest.fixture(autouse=True)
@@ -499,10 +500,7 @@ def test_the_first_offence_is_reported_and_kept_through_loops():
 
 
 def test_frames_of_libraries_alone_give_no_location():
-    class Frame:
-        file_name, line_num, function_name = jax.__file__, 1, "f"
-
-    assert user_location([Frame]) == user_location([]) == ""
+    assert locations.of_frames([(jax.__file__, 1, "f")]) == locations.of_frames([]) == ""
 
 
 # --- random programs -------------------------------------------------------------------------

@@ -53,9 +53,7 @@ class JointPosterior:
             # Plain evaluation, near and far, against the quadratic.
             scales = jnp.array([0.1, 1.0, 10.0])[:, None]
             points = scales * jax.random.normal(jax.random.key(0), (3, program.size), float)
-            quadratic = density(mode) - 0.5 * jnp.einsum(
-                "pi,ij,pj->p", points, precision, points
-            )
+            quadratic = density(mode) - 0.5 * jnp.einsum("pi,ij,pj->p", points, precision, points)
             plain = jax.vmap(density)(mode + points)
             gap = jnp.max(jnp.abs(plain - quadratic) / (1 + jnp.abs(quadratic)))
             return *outcome, state_cov, jnp.diagonal(output_cov), evidence, gap

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from arviz_stats.base import array_stats
 from jaxtyping import Array, Float
 from numpyro.infer import MCMC, NUTS
 
-from arviz_stats.base import array_stats
 from design_models import DesignModel
 
 from ..claim import Claimant
@@ -67,9 +67,7 @@ def sample(program: Program, seen: Seen, seed: int) -> Posterior:
         rhat = array_stats.rhat(draws[..., varying], chain_axis=0, draw_axis=1)
         ess = array_stats.ess(draws[..., varying], chain_axis=0, draw_axis=1)
         divergences = int(mcmc.get_extra_fields().get("diverging", np.zeros(1)).sum())
-        posterior = Posterior(
-            memory, output, float(np.max(rhat)), float(np.min(ess)), divergences
-        )
+        posterior = Posterior(memory, output, float(np.max(rhat)), float(np.min(ess)), divergences)
         if posterior.rhat < _LARGEST_RHAT and posterior.ess > _SMALLEST_ESS:
             break
     return posterior
@@ -115,7 +113,5 @@ def compare(
 
 
 def _scores(statistic: Float[np.ndarray, "chain draw statistic"]) -> np.ndarray:
-    error = np.asarray(
-        array_stats.mcse(statistic, chain_axis=0, draw_axis=1, method="mean"), float
-    )
+    error = np.asarray(array_stats.mcse(statistic, chain_axis=0, draw_axis=1, method="mean"), float)
     return np.mean(statistic, axis=(0, 1)) / error

@@ -44,8 +44,10 @@ class _AtMean(Messenger):
         mean = msg["fn"].mean
         self.latents[msg["name"]] = mean.size
         if self.nudge is not None and self.nudge[0] == msg["name"]:
-            nudged = jnp.ravel(mean).at[self.nudge[1]].add(
-                jnp.ravel(jnp.sqrt(msg["fn"].variance))[self.nudge[1]]
+            nudged = (
+                jnp.ravel(mean)
+                .at[self.nudge[1]]
+                .add(jnp.ravel(jnp.sqrt(msg["fn"].variance))[self.nudge[1]])
             )
             mean = nudged.reshape(mean.shape)
         msg["value"] = mean
@@ -102,7 +104,9 @@ def recursion(
             covariance = np.diag(np.repeat(average, width))
         for row, level, variance, value in zip(matrix, offset, noise, seen[t], strict=True):
             if isinstance(policy, Reset):
-                covariance = policy.variance * np.eye(len(start))
+                touched = np.repeat(row.reshape(-1, width).any(axis=1), width)
+                covariance[touched] = 0
+                covariance[touched, touched] = policy.variance
             projected = covariance @ row
             gain = projected / (row @ projected + variance)
             mean = mean + gain * (value - level - row @ mean)
@@ -136,9 +140,7 @@ def _transition(model: DesignModel, u, unravel, size: int):
     latents: dict[str, int] = {}
     shift = moved(np.zeros(size))
     matrix = np.stack([moved(unit) - shift for unit in np.eye(size)], axis=1)
-    columns = _noise_columns(
-        lambda: model.transition(unravel(jnp.zeros(size)), u), latents, size
-    )
+    columns = _noise_columns(lambda: model.transition(unravel(jnp.zeros(size)), u), latents, size)
     return matrix, shift, columns @ columns.T
 
 
