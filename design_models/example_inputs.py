@@ -184,6 +184,6 @@ def check_input(name: str, value: Any, steps: int | None) -> Array:
         )
     if not bool(jnp.all(jnp.isfinite(array))):
         raise ModelError(
-            f'input "{name}" holds NaN or infinite entries; the filter is defined for finite inputs.'
+            f'input "{name}" holds NaN or infinite entries; filters need finite inputs.'
         )
     return array

@@ -25,7 +25,7 @@ class _StopAtScan(Messenger):
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] != "control_flow":
             return
-        body, memory, inputs, length, reverse = msg["args"]
+        body, memory, inputs, _, reverse = msg["args"]
         if reverse or msg["kwargs"].get("history", 1) != 1:
             raise ModelError("the model's scan runs in reverse or with history; write it forwards.")
         raise _Reached(body, memory, inputs)

@@ -107,7 +107,7 @@ class ExactFilter:
         return advance(belief, self.coefficients(u), self.observed(u))[0]
 
     def read(self, belief: Belief, u: Mapping[str, Array]) -> Prediction:
-        r"""The read-out's predictive distribution, $N(H m + h,\; \mathrm{diag}(H P H^\top + R))$."""
+        r"""Predict the read-out, entry by entry: $N(H m + h,\; \mathrm{diag}(H P H^\top + R))$."""
         run = affine_map(self.proof.readout, self.proof.memory, u)
         draws = jnp.zeros(draws_size(self.proof.readout), float)
         state = self.flat(belief.mean)

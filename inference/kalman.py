@@ -144,15 +144,13 @@ def _triangular(factor: Float[Array, "block row column"]) -> Float[Array, "block
 
 
 def _root(covariance: Float[Array, "block width width"]) -> Float[Array, "block width width"]:
-    """A square root that may be singular: exact for a diagonal matrix, by eigenvectors otherwise."""
-    diagonal = jnp.diagonal(covariance, axis1=-2, axis2=-1)
-    spread = covariance - diagonal[..., None] * jnp.eye(
-        covariance.shape[-1], dtype=covariance.dtype
-    )
+    """A square root that may be singular: exact for diagonal matrices, else by eigenvectors."""
+    identity = jnp.eye(covariance.shape[-1], dtype=covariance.dtype)
+    diagonal = jnp.diagonal(covariance, axis1=-2, axis2=-1)[..., None] * identity
     values, vectors = jnp.linalg.eigh(covariance)
     general = vectors * jnp.sqrt(jnp.maximum(values, 0))[..., None, :]
-    separate = jnp.sqrt(diagonal)[..., None] * jnp.eye(covariance.shape[-1], dtype=covariance.dtype)
-    return jnp.where(jnp.any(spread != 0, axis=(-2, -1), keepdims=True), general, separate)
+    is_diagonal = jnp.all(covariance == diagonal, axis=(-2, -1), keepdims=True)
+    return jnp.where(is_diagonal, jnp.sqrt(diagonal), general)
 
 
 def _solve(

@@ -19,7 +19,7 @@ Part = tuple[np.ndarray, np.ndarray, np.ndarray]
 """States, evidence and observations of one component."""
 
 TOLERANCE = 1e-10
-"""Entries of a coefficient below this, relative to its largest, count as zero; so do differences."""
+"""Entries and differences below this, relative to a coefficient's largest entry, count as zero."""
 
 
 @dataclass(frozen=True)

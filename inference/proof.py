@@ -243,7 +243,7 @@ def _refuse_density(
 def _explain_python_control(
     function: str, run: Callable[..., Any], memory: Any, u: Mapping[str, Array], traced: bool = True
 ) -> Any:
-    """Run symbolically; where Python needs a number, say whether the memory or an input is asked."""
+    """Run symbolically; where Python needs a number, say whether of the memory or of an input."""
     try:
         return jax.eval_shape(run, memory, dict(u)) if traced else run(memory, dict(u))
     except (NotLinearGaussian, ModelError):

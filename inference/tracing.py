@@ -26,7 +26,7 @@ from . import locations
 from .errors import NotLinearGaussian, NotSupported
 
 LARGEST_DENSE_SITE = 1024
-"""A site whose covariance is not elementwise is handled as a dense matrix up to this many entries."""
+"""Largest site, in entries, whose covariance may be a dense matrix."""
 
 
 @dataclass(frozen=True)

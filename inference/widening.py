@@ -97,7 +97,7 @@ def _by_row(
     rows_before: int,
     rows_after: int,
 ) -> Index:
-    """Find the axis of each site that runs over rows at the narrow width; use it at the wide one."""
+    """Find each site's axis that runs over rows at the narrow width; use it at the wide one."""
     parts = []
     for small, large in zip(_offsets(before), _offsets(after), strict=True):
         axes = [axis for axis in range(small.ndim) if small.shape[axis] == rows_before]

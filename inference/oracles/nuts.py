@@ -42,7 +42,7 @@ class Posterior:
 
 
 def sample(program: Program, seen: Seen, seed: int) -> Posterior:
-    """Sample the posterior of a sequence's latents; a chain that mixed badly is run again, longer."""
+    """Sample the posterior of a sequence's latents; badly mixed chains are run again, longer."""
     start = jnp.zeros((CHAINS, program.size), float)
     kernel = NUTS(
         potential_fn=lambda latents: -program.log_joint(latents, seen),
@@ -105,13 +105,14 @@ def compare(
         return [*checks, impossible(ORACLE, "memory")]
     if output is None:
         return [*checks, impossible(ORACLE, "read-out")]
-    scores = {"memory": _scores(moments(memory))}
+    found = {"memory": scores(moments(memory))}
     # Read-outs of different rows may be correlated: only their margins are compared.
-    scores["read-out"] = _scores(np.concatenate([output, output**2 - 1], axis=-1))
-    total = sum(len(part) for part in scores.values())
-    return checks + [largest(ORACLE, name, part, total) for name, part in scores.items()]
+    found["read-out"] = scores(np.concatenate([output, output**2 - 1], axis=-1))
+    total = sum(len(part) for part in found.values())
+    return checks + [largest(ORACLE, name, part, total) for name, part in found.items()]
 
 
-def _scores(statistic: Float[np.ndarray, "chain draw statistic"]) -> np.ndarray:
+def scores(statistic: Float[np.ndarray, "chain draw statistic"]) -> np.ndarray:
+    """Z scores of statistics whose mean should be zero, by ArviZ's Monte Carlo error."""
     error = np.asarray(array_stats.mcse(statistic, chain_axis=0, draw_axis=1, method="mean"), float)
     return np.mean(statistic, axis=(0, 1)) / error
