@@ -12,7 +12,7 @@ from design_models import DesignModel, ModelError
 from design_models.example_inputs import check_input
 
 from .errors import NotSupported
-from .evaluation import check_sites, check_step
+from .evaluation import check_sites, check_steps
 from .exact_filter import ExactFilter
 from .extraction import prior_belief, step_coefficients
 from .partition import Partition, discover, undivided
@@ -99,7 +99,7 @@ def check_against_model(exact: ExactFilter) -> None:
     for t in range(len(jax.tree.leaves(exact.examples)[0])):
         u = {name: array[t] for name, array in exact.examples.items()}
         check_sites(exact.proof, u, jax.random.key(t))
-        check_step(exact.proof, exact.partition, u, jax.random.key(t))
+    check_steps(exact.proof, exact.partition, exact.examples, jax.random.key(0))
 
 
 def _examples(model: DesignModel, inputs: Mapping[str, Array] | None) -> dict[str, Array]:

@@ -20,7 +20,7 @@ from .errors import NotLinearGaussian
 from .extraction import AffineMap, affine_map, draws_size, noise_response, step_coefficients
 from .linear_gaussian import Step
 from .partition import Partition
-from .proof import Proof
+from .proof import Proof, ProvedFunction
 from .tracing import Site, innermost, moments, run_with_values
 
 TOLERANCE = 1e-6
@@ -109,10 +109,10 @@ def _parameters(base: Any) -> str:
     return ", ".join(f"{k} = {_brief(v)}" for k, v in found.items() if v is not None)
 
 
-def check_step(
-    proof: Proof, partition: Partition, u: Mapping[str, Array], rng: PRNGKeyArray
+def check_steps(
+    proof: Proof, partition: Partition, inputs: Mapping[str, Array], rng: PRNGKeyArray
 ) -> float:
-    """Check one step's coefficients against plain evaluation at a random memory and draws.
+    """Check every step's coefficients against plain evaluation at random memories and draws.
 
     All rows and blocks take part, so this also certifies the partition at the model's real size.
 
@@ -122,31 +122,59 @@ def check_step(
     Raises:
         NotLinearGaussian: above `TOLERANCE`.
     """
+    compare = jax.jit(lambda u, rng: _disagreements(proof, partition, u, rng))
+    worst = 0.0
+    for t in range(len(jax.tree.leaves(inputs)[0])):
+        u = {name: array[t] for name, array in inputs.items()}
+        for function, value in compare(u, jax.random.fold_in(rng, t)).items():
+            disagreement = float(value)
+            if not disagreement <= TOLERANCE:
+                raise NotLinearGaussian(
+                    function,
+                    "",
+                    "plain evaluation disagrees with the coefficients read by differentiation "
+                    f"(relative error {disagreement:.1e}): a custom derivative, or a function that "
+                    "answers differently when called again",
+                )
+            worst = max(worst, disagreement)
+    return worst
+
+
+def _disagreements(proof: Proof, partition: Partition, u, rng) -> dict[str, Array]:
+    """Largest relative disagreement of each function, at one random memory and draws."""
     step = step_coefficients(proof, partition, u)
-    transition = affine_map(proof.transition, proof.memory, u)
-    observe = affine_map(proof.observe, proof.memory, u)
-    sizes = (partition.states.size, draws_size(proof.transition), draws_size(proof.observe))
-    keys = jax.random.split(rng, 6)
-    state, moved_draws, seen_draws = (
-        jax.random.normal(key, (size,), float) for key, size in zip(keys, sizes, strict=False)
-    )
-    pairs = [
-        ("transition", *pair)
-        for pair in _means(transition, state, moved_draws, step, partition)
-        + _noise(transition, state, moved_draws, step, partition, keys[3])
-    ]
+    keys = jax.random.split(rng, 8)
+    state = jax.random.normal(keys[0], (partition.states.size,), float)
+
+    def setting(function: ProvedFunction, key) -> tuple[AffineMap, Array]:
+        run = affine_map(function, proof.memory, u)
+        return run, jax.random.normal(key, (draws_size(function),), float)
+
+    transition, draws = setting(proof.transition, keys[1])
+    pairs = {
+        "transition": _means(transition, state, draws, step, partition)
+        + _noise(transition, state, draws, step, partition, keys[2])
+    }
+    observe, draws = setting(proof.observe, keys[3])
+    pairs["observe"] = _linear(observe, state, draws)
     if step.observation is not None:
         given = step.observation
-        seen = observe(state, jnp.zeros_like(seen_draws))[1]
+        seen = observe(state, jnp.zeros_like(draws))[1]
         claimed = state[partition.states] @ given.observation.mT + given.shift
-        pairs.append(("observe", seen[partition.observed], claimed))
-        pairs += [("observe", *pair) for pair in _linear(observe, state, seen_draws)]
         cotangent = jax.random.normal(keys[4], seen.shape, float)
-        response = noise_response(observe, state, seen_draws)
-        returned = jnp.zeros_like(observe(state, seen_draws)[0])
-        found = response(returned, cotangent)[1][partition.observed]
-        pairs.append(("observe", found, cotangent[partition.observed] @ given.noise))
-    return max(_compare(*pair) for pair in pairs)
+        returned = jnp.zeros_like(observe(state, draws)[0])
+        found = noise_response(observe, state, draws)(returned, cotangent)[1]
+        pairs["observe"] += [
+            (seen[partition.observed], claimed),
+            (found[partition.observed], cotangent[partition.observed] @ given.noise),
+        ]
+    for name, function, key in (
+        ("prior", proof.prior, keys[5]),
+        ("readout", proof.readout, keys[6]),
+    ):
+        run, draws = setting(function, key)
+        pairs[name] = _linear(run, state, draws)
+    return {name: jnp.max(jnp.stack([_gap(*pair) for pair in own])) for name, own in pairs.items()}
 
 
 def _means(run: AffineMap, state, draws, step: Step, partition: Partition) -> list:
@@ -177,24 +205,16 @@ def _noise(run: AffineMap, state, draws, step: Step, partition: Partition, rng) 
 
 
 def _linear(run: AffineMap, state, draws) -> list:
-    """Plain evaluation along the draws against the derivative along the draws."""
-    origin = run(state, jnp.zeros_like(draws))
-    derivative = jax.jvp(lambda d: run(state, d), (jnp.zeros_like(draws),), (draws,))[1]
+    """Plain evaluation along memory and draws against the derivative along them."""
+    origin = run(jnp.zeros_like(state), jnp.zeros_like(draws))
+    zeros = (jnp.zeros_like(state), jnp.zeros_like(draws))
+    derivative = jax.jvp(run, zeros, (state, draws))[1]
     return [
         (there - here, along)
         for there, here, along in zip(run(state, draws), origin, derivative, strict=True)
     ]
 
 
-def _compare(function: str, found: Array, claimed: Array) -> float:
-    scale = max(1.0, float(jnp.max(jnp.abs(found), initial=0)))
-    disagreement = float(jnp.max(jnp.abs(found - claimed), initial=0)) / scale
-    if not disagreement <= TOLERANCE:
-        raise NotLinearGaussian(
-            function,
-            "",
-            "plain evaluation disagrees with the coefficients read by differentiation (relative "
-            f"error {disagreement:.1e}): a custom derivative, or a function that answers "
-            "differently when called again",
-        )
-    return disagreement
+def _gap(found: Array, claimed: Array) -> Array:
+    scale = jnp.maximum(1.0, jnp.max(jnp.abs(found), initial=0))
+    return jnp.max(jnp.abs(found - claimed), initial=0) / scale

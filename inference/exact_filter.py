@@ -174,6 +174,17 @@ class ExactFilter:
             beliefs,
         )
 
+    def absorb(self, inputs: Mapping[str, Array], policy: Policy | None = None) -> Belief:
+        """Only the belief after the last step: `run` without what it keeps of every step."""
+        prior = self.initial()
+        chosen = Exact() if policy is None else policy
+
+        def body(belief, u):
+            step, seen = self.coefficients(u), self.observed(u)
+            return advance_under(chosen, belief, prior, step, seen, u)[0], None
+
+        return jax.lax.scan(body, prior, dict(inputs))[0]
+
     def observations(self, inputs: Mapping[str, Array]) -> Float[Array, "time seen"]:
         """Every step's observed values as the inputs give them, flattened in the order of sites."""
         return jax.vmap(lambda u: jnp.concatenate(observed_values(self.proof, u)))(dict(inputs))

@@ -15,7 +15,6 @@ from design_models import ModelError
 from . import locations
 from .exact_filter import ExactFilter
 from .oracles import nuts
-from .oracles.program import Program
 
 STEPS = 6
 SEQUENCES = 3
@@ -100,7 +99,8 @@ def check_update(exact: ExactFilter, update: Update, *, seed: int = 0) -> Update
                     quantity = "mean"
                 if departures[quantity] > TOLERANCE:
                     head = {name: array[: t + 1] for name, array in inputs.items()}
-                    errors = _standard_errors(exact, head, true, t, mean, covariance, quantity, seed)
+                    own = (mean, covariance)
+                    errors = _standard_errors(exact, head, true, t, own, quantity, seed)
                     return UpdateVerdict(
                         False, worst, t + 1, quantity, departures[quantity], *errors
                     )
@@ -153,12 +153,11 @@ def _departures(exact: ExactFilter, true, t: int, mean, covariance) -> dict[str,
 
 
 def _standard_errors(
-    exact: ExactFilter, inputs, true, t: int, mean, covariance, quantity: str, seed: int
+    exact: ExactFilter, inputs, true, t: int, own: tuple[Any, Array], quantity: str, seed: int
 ) -> tuple[float, float]:
     """Departure of the hand-derived and of the exact belief from NUTS, in standard errors."""
-    program = Program(exact.model, inputs)
-    posterior = nuts.sample(program, program.seen(), seed)
-    handmade = exact.belief(mean, covariance)
+    posterior = nuts.sampler(exact.model)(inputs, exact.observations(inputs), seed)
+    handmade = exact.belief(*own)
     scores = []
     for belief in (handmade, jax.tree.map(lambda leaf: leaf[t], true.beliefs)):
         centre = np.asarray(exact.flat(belief.mean))

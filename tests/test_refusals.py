@@ -35,9 +35,9 @@ def _float64():
         yield
 
 
-def draw_inputs(seed: int = 0) -> dict[str, np.ndarray]:
+def draw_inputs(seed: int = 0) -> dict[str, jax.Array]:
     rng = np.random.default_rng(seed)
-    return {
+    drawn = {
         "key": rng.normal(size=(STEPS, WIDTH)),
         "query": rng.normal(size=(STEPS, WIDTH)),
         "value": rng.normal(size=(STEPS, WIDTH)),
@@ -46,6 +46,7 @@ def draw_inputs(seed: int = 0) -> dict[str, np.ndarray]:
         "noise": rng.uniform(0.1, 0.5, STEPS),
         "slot": rng.integers(0, WIDTH, STEPS),
     }
+    return {name: jnp.asarray(array) for name, array in drawn.items()}
 
 
 def normal_prior():
@@ -1294,7 +1295,7 @@ class Posterior:
     log_evidence: float
 
 
-def condition_densely(model: DesignModel, inputs: dict[str, np.ndarray]) -> Posterior:
+def condition_densely(model: DesignModel, inputs: dict[str, jax.Array]) -> Posterior:
     """Condition the joint density of all latent sites, found by evaluating it at unit vectors."""
     sequence = model.sequence(inputs)
     with handlers.seed(rng_seed=0), handlers.trace() as trace:

@@ -9,8 +9,9 @@ Both are read from NumPyro's own log density, which is then evaluated at random 
 with the quadratic: a model with custom derivatives would pass the first and fail the second.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,57 +29,84 @@ THRESHOLD = 1e-8
 ORACLE = "joint conditioning"
 
 
-class JointPosterior:
-    """The exact posterior of a sequence, by one dense solve."""
+class JointPosterior(eqx.Module):
+    """The exact posterior of a sequence's last memory and read-out.
 
-    def __init__(self, program: Program, seen: Seen) -> None:
+    Args:
+        mean: of the flattened memory.
+        covariance: of the same.
+        output_mean: of the flattened read-out.
+        output_variance: entry by entry.
+        log_evidence: of the whole sequence.
+        gap: how far plain evaluation is from the quadratic, at worst.
+    """
+
+    mean: Float[Array, " entry"]
+    covariance: Float[Array, "entry entry"]
+    output_mean: Float[Array, " output"]
+    output_variance: Float[Array, " output"]
+    log_evidence: Float[Array, ""]
+    gap: Float[Array, ""]
+
+
+def conditioner(model: DesignModel) -> Callable[[Mapping[str, Array], Seen], JointPosterior]:
+    """Return (inputs, seen) -> posterior by one dense solve, compiled once for each length."""
+
+    @jax.jit
+    def posterior(inputs: Mapping[str, Array], seen: Seen) -> JointPosterior:
+        program = Program(model, inputs)
         origin = jnp.zeros(program.size, float)
 
-        @jax.jit
-        def solve(seen: Seen):
-            def density(latents):
-                return program.log_joint(latents, seen)
+        def density(latents):
+            return program.log_joint(latents, seen)
 
-            precision = -jax.hessian(density)(origin)
-            mode = jnp.linalg.solve(precision, jax.grad(density)(origin))
-            evidence = (
-                density(mode)
-                + 0.5 * program.size * jnp.log(2 * jnp.pi)
-                - 0.5 * jnp.linalg.slogdet(precision)[1]
-            )
-            outcome = program.outcome(mode)
-            state_part, output_part = jax.jacfwd(program.outcome)(mode)
-            state_cov = state_part @ jnp.linalg.solve(precision, state_part.T)
-            output_cov = output_part @ jnp.linalg.solve(precision, output_part.T)
-            # Plain evaluation, near and far, against the quadratic.
-            scales = jnp.array([0.1, 1.0, 10.0])[:, None]
-            points = scales * jax.random.normal(jax.random.key(0), (3, program.size), float)
-            quadratic = density(mode) - 0.5 * jnp.einsum("pi,ij,pj->p", points, precision, points)
-            plain = jax.vmap(density)(mode + points)
-            gap = jnp.max(jnp.abs(plain - quadratic) / (1 + jnp.abs(quadratic)))
-            return *outcome, state_cov, jnp.diagonal(output_cov), evidence, gap
+        precision = -jax.hessian(density)(origin)
+        mode = jnp.linalg.solve(precision, jax.grad(density)(origin))
+        evidence = (
+            density(mode)
+            + 0.5 * program.size * jnp.log(2 * jnp.pi)
+            - 0.5 * jnp.linalg.slogdet(precision)[1]
+        )
+        mean, output_mean = program.outcome(mode)
+        state_part, output_part = jax.jacfwd(program.outcome)(mode)
+        covariance = state_part @ jnp.linalg.solve(precision, state_part.T)
+        output_covariance = output_part @ jnp.linalg.solve(precision, output_part.T)
+        # Plain evaluation, near and far, against the quadratic.
+        scales = jnp.array([0.1, 1.0, 10.0])[:, None]
+        points = scales * jax.random.normal(jax.random.key(0), (3, program.size), float)
+        quadratic = density(mode) - 0.5 * jnp.einsum("pi,ij,pj->p", points, precision, points)
+        plain = jax.vmap(density)(mode + points)
+        gap = jnp.max(jnp.abs(plain - quadratic) / (1 + jnp.abs(quadratic)))
+        variance = jnp.diagonal(output_covariance)
+        return JointPosterior(mean, covariance, output_mean, variance, evidence, gap)
 
-        (
-            self.mean,
-            self.output_mean,
-            self.covariance,
-            self.output_variance,
-            self.log_evidence,
-            self.gap,
-        ) = (np.asarray(part) for part in solve(seen))
+    return posterior
 
 
 def judge(
     model: DesignModel, claim: Claimant, inputs: Mapping[str, Array], seen: Seen
 ) -> list[Check]:
     """Compare a claim with the exact posterior after the first, second and last step."""
+    posterior = conditioner(model)
     steps = len(seen)
+    exact = {
+        length: posterior({name: array[:length] for name, array in inputs.items()}, seen[:length])
+        for length in sorted({1, min(2, steps), steps})
+    }
+    return compare(claim, inputs, seen, exact)
+
+
+def compare(
+    claim: Claimant,
+    inputs: Mapping[str, Array],
+    seen: Seen,
+    exact: Mapping[int, JointPosterior],
+) -> list[Check]:
+    """Compare a claim with the posteriors after some numbers of steps, made before."""
     claimed = jax.jit(claim)(inputs, seen)
     errors: dict[str, float] = {}
-    for length in sorted({1, min(2, steps), steps}):
-        head = {name: array[:length] for name, array in inputs.items()}
-        exact = JointPosterior(Program(model, head), seen[:length])
-        for quantity, error in _errors(claimed, exact, length - 1).items():
+    for length, posterior in exact.items():
+        for quantity, error in _errors(claimed, posterior, length - 1).items():
             errors[quantity] = max(errors.get(quantity, 0.0), error)
     return [
         Check(ORACLE, quantity, error, THRESHOLD, "relative error")
@@ -99,8 +127,9 @@ def _errors(claimed: Claim, exact: JointPosterior, last: int) -> dict[str, float
     }
 
 
-def relative_error(claimed: Float[Array, "..."], exact: np.ndarray) -> float:
+def relative_error(claimed: Float[Array, "..."], exact: Array | np.ndarray) -> float:
     """Largest difference relative to the largest exact entry; NaN counts as infinite."""
+    exact = np.asarray(exact)
     difference = np.max(np.abs(np.asarray(claimed) - exact), initial=0)
     error = float(difference / max(1e-300, np.max(np.abs(exact), initial=0)))
     return float("inf") if np.isnan(error) else error

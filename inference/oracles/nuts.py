@@ -6,14 +6,15 @@ with the claim in units of Monte Carlo standard error (ArviZ), over all statisti
 false-alarm rate of `statistics.FALSE_ALARM`. A chain that has not converged decides nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from arviz_stats.base import array_stats
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro.infer import MCMC, NUTS
 
 from design_models import DesignModel
@@ -41,36 +42,49 @@ class Posterior:
     divergences: int
 
 
-def sample(program: Program, seen: Seen, seed: int) -> Posterior:
-    """Sample the posterior of a sequence's latents; badly mixed chains are run again, longer."""
-    start = jnp.zeros((CHAINS, program.size), float)
-    kernel = NUTS(
-        potential_fn=lambda latents: -program.log_joint(latents, seen),
-        dense_mass=program.size <= 200,
-    )
-    for lengthen in (1, 4):
+def sampler(model: DesignModel) -> Callable[[Mapping[str, Array], Seen, int], Posterior]:
+    """Return (inputs, seen, seed) -> draws of the posterior, compiled once for each length.
+
+    A chain that mixed badly is run again, longer.
+    """
+
+    @partial(jax.jit, static_argnames="samples")
+    def run(inputs: Mapping[str, Array], seen: Seen, rng: PRNGKeyArray, samples: int):
+        program = Program(model, inputs)
+        kernel = NUTS(
+            potential_fn=lambda latents: -program.log_joint(latents, seen),
+            dense_mass=program.size <= 200,
+        )
         mcmc = MCMC(
             kernel,
             num_warmup=_WARMUP,
-            num_samples=_SAMPLES * lengthen,
+            num_samples=samples,
             num_chains=CHAINS,
             chain_method="vectorized",
             progress_bar=False,
         )
-        mcmc.run(jax.random.key(seed), init_params=start)
+        mcmc.run(rng, init_params=jnp.zeros((CHAINS, program.size), float))
         latents = mcmc.get_samples(group_by_chain=True)
-        memory, output = (
-            np.asarray(part) for part in jax.jit(jax.vmap(jax.vmap(program.outcome)))(latents)
-        )
-        draws = np.concatenate([memory, output], axis=-1)
-        varying = np.ptp(draws, axis=(0, 1)) > 0
-        rhat = array_stats.rhat(draws[..., varying], chain_axis=0, draw_axis=1)
-        ess = array_stats.ess(draws[..., varying], chain_axis=0, draw_axis=1)
-        divergences = int(mcmc.get_extra_fields().get("diverging", np.zeros(1)).sum())
-        posterior = Posterior(memory, output, float(np.max(rhat)), float(np.min(ess)), divergences)
-        if posterior.rhat < _LARGEST_RHAT and posterior.ess > _SMALLEST_ESS:
-            break
-    return posterior
+        divergences = jnp.sum(mcmc.get_extra_fields()["diverging"])
+        return *jax.vmap(jax.vmap(program.outcome))(latents), divergences
+
+    def sample(inputs: Mapping[str, Array], seen: Seen, seed: int) -> Posterior:
+        for samples in (_SAMPLES, 4 * _SAMPLES):
+            memory, output, divergences = (
+                np.asarray(part) for part in run(inputs, seen, jax.random.key(seed), samples)
+            )
+            draws = np.concatenate([memory, output], axis=-1)
+            varying = np.ptp(draws, axis=(0, 1)) > 0
+            rhat = array_stats.rhat(draws[..., varying], chain_axis=0, draw_axis=1)
+            ess = array_stats.ess(draws[..., varying], chain_axis=0, draw_axis=1)
+            posterior = Posterior(
+                memory, output, float(np.max(rhat)), float(np.min(ess)), int(divergences)
+            )
+            if posterior.rhat < _LARGEST_RHAT and posterior.ess > _SMALLEST_ESS:
+                break
+        return posterior
+
+    return sample
 
 
 def judge(
@@ -83,8 +97,7 @@ def judge(
 ) -> list[Check]:
     """Compare a claim about the last step with draws of the posterior."""
     amplified = AMPLIFICATION * seen
-    posterior = sample(Program(model, inputs), amplified, seed)
-    return compare(claim, inputs, amplified, posterior)
+    return compare(claim, inputs, amplified, sampler(model)(inputs, amplified, seed))
 
 
 def compare(

@@ -6,16 +6,19 @@ chi-square, PIT) and uncorrelated with everything it saw (orthogonality, which c
 that moments do not).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float, PRNGKeyArray
 from scipy import stats
 
 from design_models import DesignModel
 
-from ..claim import Claimant
+from ..claim import Claim, Claimant
 from .check import Check
 from .program import Program
 from .statistics import FALSE_ALARM, impossible, largest, moments, whiten
@@ -25,29 +28,39 @@ DRAWS = 20_000
 _MOST_PRODUCTS = 400
 
 
+@dataclass(frozen=True)
+class Truth:
+    """Draws of the last memory, its read-out, and all observed values, from the model's prior."""
+
+    memory: Float[np.ndarray, "draw entry"]
+    output: Float[np.ndarray, "draw output"]
+    seen: Float[np.ndarray, "draw time seen"]
+
+
+def simulator(model: DesignModel) -> Callable[[Mapping[str, Array], int], Truth]:
+    """Return (inputs, seed) -> truth, compiled once for each length."""
+
+    @jax.jit
+    def draw(inputs: Mapping[str, Array], rng: PRNGKeyArray):
+        return jax.vmap(Program(model, inputs).simulate)(jax.random.split(rng, DRAWS))
+
+    def simulate(inputs: Mapping[str, Array], seed: int) -> Truth:
+        return Truth(*(np.asarray(part) for part in draw(inputs, jax.random.key(seed))))
+
+    return simulate
+
+
 def judge(
     model: DesignModel, claim: Claimant, inputs: Mapping[str, Array], *, seed: int
 ) -> list[Check]:
     """Compare a claim about the last step with simulated truth."""
-    program = Program(model, inputs)
-    keys = jax.random.split(jax.random.key(seed), DRAWS)
-    memory, output, seen = jax.jit(jax.vmap(program.simulate))(keys)
-    return compare(claim, inputs, *(np.asarray(part) for part in (memory, output, seen)))
+    return compare(claim, inputs, simulator(model)(inputs, seed))
 
 
-def compare(
-    claim: Claimant,
-    inputs: Mapping[str, Array],
-    memory: np.ndarray,
-    output: np.ndarray,
-    seen: np.ndarray,
-) -> list[Check]:
+def compare(claim: Claimant, inputs: Mapping[str, Array], truth: Truth) -> list[Check]:
     """Compare a claim with draws that were made before."""
-    last = jax.jit(
-        jax.vmap(
-            lambda values: jax.tree.map(lambda part: part[-1], claim(inputs, values)),
-        )
-    )(seen)
+    memory, output, seen = truth.memory, truth.output, truth.seen
+    last = _last_step(claim, inputs, jnp.asarray(seen))
     means, output_means = np.asarray(last.means), np.asarray(last.output_means)
     covariance, variances = np.asarray(last.covariances[0]), np.asarray(last.output_variances[0])
     white = whiten(memory - means, np.zeros(means.shape[-1]), covariance)
@@ -75,6 +88,14 @@ def compare(
         surprise = -float(np.log10(max(test.pvalue, 1e-300)))
         checks.append(Check(ORACLE, name, surprise, threshold, "-log10 p"))
     return checks
+
+
+@partial(jax.jit, static_argnames="claim")
+def _last_step(
+    claim: Claimant, inputs: Mapping[str, Array], seen: Float[Array, "draw time seen"]
+) -> Claim:
+    """What is claimed after the last step, for every draw of the observed values."""
+    return jax.vmap(lambda values: jax.tree.map(lambda part: part[-1], claim(inputs, values)))(seen)
 
 
 def _products(errors: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -1,0 +1,295 @@
+"""Faults planted in derived filters and in their reductions, to measure what the oracles catch.
+
+Each fault alters one step of a filter that is otherwise honest: its coefficients, the belief it
+carries, or what it reports.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float
+
+from design_models import CATALOGUE, DesignModel
+from design_models.policy import Exact, Policy, Reset
+from inference.claim import Claim, Claimant
+from inference.exact_filter import ExactFilter
+from inference.extraction import arrange_observed
+from inference.kalman import predict
+from inference.linear_gaussian import Belief, Observed, Step
+from inference.policies import advance_under
+
+WIDTH = 2
+"""Value and key width of every case: the smallest at which all faults differ."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A filter that faults are planted in.
+
+    Args:
+        name: the catalogue's name, and what is varied.
+        model: its design model.
+        policy: `Exact()`, or the reduction of a catalogue entry.
+        unit_keys: whether the model normalises its keys.
+    """
+
+    name: str
+    model: DesignModel
+    policy: Policy
+    unit_keys: bool = False
+
+    @property
+    def exact(self) -> bool:
+        return isinstance(self.policy, Exact)
+
+
+def catalogue_cases() -> list[Case]:
+    """Every recurrence, the exact filter of every reduction's model, and models with unit keys."""
+    cases = []
+    for entry in CATALOGUE.values():
+        model = entry.model(WIDTH, WIDTH)
+        cases.append(Case(entry.name, model, entry.policy))
+        if not isinstance(entry.policy, Exact):
+            cases.append(Case(f"{entry.name}, unreduced", model, Exact()))
+        if entry.name in ("bayesian_layer", "linear_attention"):
+            cases.append(Case(f"{entry.name}, unit keys", with_unit_keys(model), Exact(), True))
+    return cases
+
+
+def with_unit_keys(model: DesignModel) -> DesignModel:
+    """The same model of keys divided by their norm."""
+
+    def unit(u: Mapping[str, Array]) -> dict[str, Array]:
+        return {**u, "key": u["key"] / jnp.linalg.norm(u["key"])}
+
+    return replace(
+        model,
+        transition=lambda memory, u: model.transition(memory, unit(u)),
+        observe=lambda memory, u: model.observe(memory, unit(u)),
+        inputs=model.draw_inputs,
+    )
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One step of a filter under test: the belief before it and all that the step brings."""
+
+    exact: ExactFilter
+    policy: Policy
+    belief: Belief
+    step: Step
+    observed: Observed
+    u: Mapping[str, Array]
+
+    def advance(self) -> tuple[Belief, Float[Array, ""]]:
+        """The honest step: (posterior, log evidence)."""
+        prior = self.exact.initial()
+        return advance_under(self.policy, self.belief, prior, self.step, self.observed, self.u)
+
+    def predicted(self) -> Belief:
+        return predict(self.belief, self.step)
+
+    def after(self, predicted: Belief) -> "Moment":
+        """The same write on another predicted belief; for evidence about the memory only."""
+        width = predicted.mean.shape[-1]
+        still = eqx.tree_at(
+            lambda step: (step.transition, step.shift, step.drift),
+            self.step,
+            (
+                jnp.broadcast_to(jnp.eye(width), self.step.transition.shape),
+                jnp.zeros_like(self.step.shift),
+                jnp.zeros_like(self.step.drift),
+            ),
+        )
+        return replace(self, belief=predicted, step=still)
+
+
+class Told(eqx.Module):
+    """What a filter does with a step: carries on, reports, reads out, and scores."""
+
+    carried: Belief
+    reported: Belief
+    read: Belief
+    log_evidence: Float[Array, ""]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A mistake in a filter.
+
+    Args:
+        name: what is wrong.
+        applies: `applies(case, exact)`, whether the filter can have it.
+        plant: `plant(moment)`, the step with the mistake.
+    """
+
+    name: str
+    applies: Callable[[Case, ExactFilter], bool]
+    plant: Callable[[Moment], Told]
+
+
+def faulty(fault: Fault, exact: ExactFilter, policy: Policy | None = None) -> Claimant:
+    """A derived filter, or its reduction, with a fault planted in every step."""
+    chosen = Exact() if policy is None else policy
+    split = sum(site.size for site in exact.proof.transition.observed)
+
+    def claim(inputs: Mapping[str, Array], observed: Float[Array, "time seen"]) -> Claim:
+        def body(belief, values_and_u):
+            values, u = values_and_u
+            seen = arrange_observed(exact.partition, values[:split], values[split:])
+            told = fault.plant(Moment(exact, chosen, belief, exact.coefficients(u), seen, u))
+            read = exact.read(told.read, u)
+            return told.carried, (told.reported, read, told.log_evidence)
+
+        _, (beliefs, read, log_evidence) = jax.lax.scan(
+            body, exact.initial(), (observed, dict(inputs))
+        )
+        return Claim(
+            jax.vmap(exact.flat)(beliefs.mean),
+            jax.vmap(exact.dense_covariance)(beliefs.covariance),
+            read.mean,
+            read.variance,
+            log_evidence,
+        )
+
+    return claim
+
+
+def _reset(moment: Moment) -> Told:
+    """The covariance is that of the prior before every write."""
+    prior = moment.exact.initial().covariance
+    if moment.step.observation is None:
+        belief = Belief(moment.belief.mean, prior)
+        return _tell(replace(moment, belief=belief))
+    return _tell(moment.after(Belief(moment.predicted().mean, prior)))
+
+
+def _gain(moment: Moment) -> Told:
+    posterior, added = moment.advance()
+    predicted = moment.predicted().mean
+    wrong = Belief(predicted + 1.05 * (posterior.mean - predicted), posterior.covariance)
+    return Told(wrong, wrong, wrong, added)
+
+
+def _no_drift(moment: Moment) -> Told:
+    """Process noise never enters the covariance; evidence about it still moves the mean."""
+    if moment.step.observation is not None:
+        drift = jnp.zeros_like(moment.step.drift)
+        return _tell(replace(moment, step=eqx.tree_at(lambda s: s.drift, moment.step, drift)))
+    posterior, added = moment.advance()
+    kept = moment.predicted().covariance - moment.step.drift
+    wrong = Belief(posterior.mean, kept)
+    return Told(wrong, wrong, wrong, added)
+
+
+def _late_decay(moment: Moment) -> Told:
+    """The memory is written first, then decays."""
+    width = moment.belief.mean.shape[-1]
+    decay = moment.step.transition
+    still = jnp.broadcast_to(jnp.eye(width), decay.shape)
+    step = eqx.tree_at(lambda s: s.transition, moment.step, still)
+    written, added = replace(moment, step=step).advance()
+    wrong = Belief(written.mean @ decay.mT, decay @ written.covariance @ decay.mT)
+    return Told(wrong, wrong, wrong, added)
+
+
+def _noise(moment: Moment) -> Told:
+    """Noise 5 % up; of evidence about the change, the part that is not the change itself."""
+    step = moment.step
+    if step.observation is not None:
+        step = eqx.tree_at(lambda s: s.observation.noise, step, 1.05 * step.observation.noise)
+    if step.evidence is not None:
+        given = step.evidence
+        explained = given.cross.mT @ jnp.linalg.solve(step.drift, given.cross)
+        noise = given.noise + 0.05 * (given.noise - explained)
+        step = eqx.tree_at(lambda s: s.evidence.noise, step, noise)
+    return _tell(replace(moment, step=step))
+
+
+def _covariance(moment: Moment) -> Told:
+    """The reported covariance is 5 % up; the filter carries on with the right one."""
+    posterior, added = moment.advance()
+    wrong = Belief(posterior.mean, 1.05 * posterior.covariance)
+    return Told(posterior, wrong, wrong, added)
+
+
+def _early_read(moment: Moment) -> Told:
+    posterior, added = moment.advance()
+    return Told(posterior, posterior, moment.predicted(), added)
+
+
+def _transposed_decay(moment: Moment) -> Told:
+    """The mean's decay per key is applied along the value axis; the covariance's is right."""
+
+    def transposed(mean: Array) -> Array:
+        memory = moment.exact.memory(mean)
+        return ravel_pytree(memory.T)[0][moment.exact.partition.states]
+
+    right = moment.predicted()
+    turned = transposed(moment.belief.mean) @ moment.step.transition.mT
+    wrong = transposed(turned) + moment.step.shift
+    if moment.step.observation is not None:
+        return _tell(moment.after(Belief(wrong, right.covariance)))
+    posterior, added = moment.advance()
+    posterior = Belief(posterior.mean + wrong - right.mean, posterior.covariance)
+    return Told(posterior, posterior, posterior, added)
+
+
+def _raw_key(moment: Moment) -> Told:
+    """The filter of a model with unit keys uses the keys as they come."""
+    norm = jnp.linalg.norm(moment.u["key"])
+    step, observed = moment.step, moment.observed
+    if step.observation is not None:
+        matrix = norm * step.observation.observation
+        step = eqx.tree_at(lambda s: s.observation.observation, step, matrix)
+    if step.evidence is not None:
+        observed = Observed(norm * observed.evidence, observed.observation)
+    return _tell(replace(moment, step=step, observed=observed))
+
+
+def _tell(moment: Moment) -> Told:
+    posterior, added = moment.advance()
+    return Told(posterior, posterior, posterior, added)
+
+
+def _always(case: Case, exact: ExactFilter) -> bool:
+    return True
+
+
+def _keeps_covariance(case: Case, exact: ExactFilter) -> bool:
+    return not isinstance(case.policy, Reset)
+
+
+def _decays(case: Case, exact: ExactFilter) -> bool:
+    return exact.structure.transition != "identity"
+
+
+def _drifts(case: Case, exact: ExactFilter) -> bool:
+    return exact.structure.drift != "zero" and _keeps_covariance(case, exact)
+
+
+def _decays_entry_by_entry(case: Case, exact: ExactFilter) -> bool:
+    step = exact.coefficients({name: array[0] for name, array in exact.examples.items()})
+    return bool(jnp.ptp(jnp.diagonal(step.transition, axis1=-2, axis2=-1)) > 0)
+
+
+FAULTS = (
+    Fault("covariance reset", _keeps_covariance, _reset),
+    Fault("gain 5 % up", _always, _gain),
+    Fault("no drift", _drifts, _no_drift),
+    Fault("decay after the write", _decays, _late_decay),
+    Fault("noise 5 % up", _always, _noise),
+    Fault("covariance 5 % up", _always, _covariance),
+    Fault("read-out before the write", _always, _early_read),
+    Fault("decay transposed", _decays_entry_by_entry, _transposed_decay),
+    Fault("key not normalised", lambda case, exact: case.unit_keys, _raw_key),
+)
+
+
+def faults_of(case: Case, exact: ExactFilter) -> list[Fault]:
+    """The faults that a case can have."""
+    return [fault for fault in FAULTS if fault.applies(case, exact)]
