@@ -20,6 +20,10 @@ from .increment_evidence import continuous_increment_evidence, increment_evidenc
 from .independent_entries import independent_entries, independent_entries_with_crosstalk
 from .policy import Diagonal, Exact, Forget, Isotropic, Policy, Reset
 
+_REGRESSION = "associative regression"
+_INCREMENTS = "evidence about increments"
+_ENTRIES = "independent entries"
+
 
 @dataclass(frozen=True)
 class Recurrence:
@@ -29,6 +33,7 @@ class Recurrence:
         name: the key in `CATALOGUE`.
         title: the name its paper uses.
         design: `design(value_width, key_width) -> DesignModel`.
+        assumption: which design model it is, in a few words.
         policy: `Exact` where the recurrence is the model's own filter, else the reduction.
         paper: authors, year and arXiv number.
         note: what is exact and what is a reduction.
@@ -37,9 +42,16 @@ class Recurrence:
     name: str
     title: str
     design: Callable[[int, int], DesignModel]
+    assumption: str
     policy: Policy
     paper: str
     note: str
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Compiled paths its filter qualifies for, slowest first."""
+        fast = self.assumption == _REGRESSION  # rows share one covariance
+        return ("token", "chunked", "parallel", "kernel") if fast else ("token", "parallel")
 
     def model(self, value_width: int = 3, key_width: int = 2) -> DesignModel:
         """Return the design model at these widths; small ones verify fastest.
@@ -99,6 +111,7 @@ _RECURRENCES = (
         "linear_attention",
         "Linear attention",
         increment_evidence,
+        _INCREMENTS,
         Exact(),
         "Katharopoulos et al. (2020), arXiv 2006.16236",
         "exact at every noise level; the unnormalised form, its feature map applied beforehand",
@@ -107,6 +120,7 @@ _RECURRENCES = (
         "retnet",
         "RetNet",
         _retention,
+        _INCREMENTS,
         Exact(),
         "Sun et al. (2023), arXiv 2307.08621",
         "exact, with a decay that is constant in time; rotations of key and query come beforehand",
@@ -115,6 +129,7 @@ _RECURRENCES = (
         "gla",
         "Gated Linear Attention",
         partial(increment_evidence, decay="key"),
+        _INCREMENTS,
         Exact(),
         "Yang et al. (2023), arXiv 2312.06635",
         "exact, with one decay per key",
@@ -123,6 +138,7 @@ _RECURRENCES = (
         "mamba2",
         "Mamba-2 (SSD)",
         continuous_increment_evidence,
+        _INCREMENTS,
         Exact(),
         "Dao & Gu (2024), arXiv 2405.21060",
         "exact in continuous time: the step size is elapsed time; the skip connection D is outside",
@@ -131,6 +147,7 @@ _RECURRENCES = (
         "deltanet",
         "DeltaNet",
         associative_regression,
+        _REGRESSION,
         Reset(1.0),
         "Schlag et al. (2021), arXiv 2102.11174; Yang et al. (2024), arXiv 2406.06484",
         "reduction: covariance reset before each write; β = 1/(‖k‖² + r)",
@@ -139,6 +156,7 @@ _RECURRENCES = (
         "gated_deltanet",
         "Gated DeltaNet",
         partial(associative_regression, decay="scalar"),
+        _REGRESSION,
         Reset(1.0),
         "Yang et al. (2024), arXiv 2412.06464",
         "reduction: covariance reset before each write; β = 1/(‖k‖² + r)",
@@ -147,6 +165,7 @@ _RECURRENCES = (
         "kda",
         "Kimi Delta Attention",
         partial(associative_regression, decay="key"),
+        _REGRESSION,
         Reset(1.0),
         "Kimi Team (2025), arXiv 2510.26692",
         "reduction: covariance reset before each write, one decay per key; β = 1/(‖k‖² + r)",
@@ -155,6 +174,7 @@ _RECURRENCES = (
         "deltaproduct",
         "DeltaProduct",
         partial(associative_regression, observations=2),
+        _REGRESSION,
         Reset(1.0),
         "Siems et al. (2025), arXiv 2502.10297",
         "reduction: two observations a step, covariance reset before each of them in turn; "
@@ -164,6 +184,7 @@ _RECURRENCES = (
         "longhorn",
         "Longhorn",
         independent_entries_with_crosstalk,
+        _ENTRIES,
         Reset(1.0),
         "Liu et al. (2024), arXiv 2407.14207",
         "reduction: covariance reset, and entries taken as independent (the paper's diagonal step)",
@@ -172,6 +193,7 @@ _RECURRENCES = (
         "mesanet",
         "MesaNet",
         _fading_regression,
+        _REGRESSION,
         Forget(),
         "von Oswald et al. (2025), arXiv 2506.05233",
         "reduction: evidence fades towards the prior; exact where nothing is forgotten; 1/r = β, "
@@ -181,6 +203,7 @@ _RECURRENCES = (
         "kalman_linear_attention",
         "Kalman Linear Attention",
         independent_entries,
+        _ENTRIES,
         Exact(),
         "Shaj et al. (2026), arXiv 2602.10743",
         "exact for independent entries, a model that counts one value once per column",
@@ -189,6 +212,7 @@ _RECURRENCES = (
         "kalman_delta_isotropic",
         "Kalman Delta Network, isotropic",
         partial(associative_regression, decay="key", drift="scalar"),
+        _REGRESSION,
         Isotropic(),
         "Bui, Huang & Ying (2026), arXiv 2609.07816",
         "reduction: one variance for all keys; as shipped a token's information counts K times",
@@ -197,6 +221,7 @@ _RECURRENCES = (
         "kalman_delta_diagonal",
         "Kalman Delta Network, diagonal",
         partial(associative_regression, decay="key", drift="key"),
+        _REGRESSION,
         Diagonal(),
         "Bui, Huang & Ying (2026), arXiv 2609.07816",
         "reduction: one variance per key; as shipped a token's information counts K times",
@@ -205,6 +230,7 @@ _RECURRENCES = (
         "bayesian_static",
         "Bayesian linear regression",
         associative_regression,
+        _REGRESSION,
         Exact(),
         "Dowling et al. (2026), arXiv 2605.31163",
         "exact: a memory that neither decays nor drifts, so the posterior is the ridge solution",
@@ -213,6 +239,7 @@ _RECURRENCES = (
         "bayesian_layer",
         "Bayesian Layer",
         partial(associative_regression, decay="scalar", drift="scalar"),
+        _REGRESSION,
         Exact(),
         "Dowling et al. (2026), arXiv 2605.31163",
         "exact: the full covariance steers every write",

@@ -66,6 +66,7 @@ class Certificate:
             "policy": {"name": type(self.policy).__name__.lower(), **asdict(self.policy)},
             "structure": asdict(self.structure),
             "paths": list(self.structure.paths),
+            "why_paths": self.structure.why_paths,
             "update": list(self.update),
             "kinship": asdict(self.kinship) | {"words": self.kinship.words},
             "checks": [asdict(check) | {"holds": check.holds} for check in self.checks],

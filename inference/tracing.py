@@ -45,16 +45,23 @@ class Site:
 
     @property
     def deterministic(self) -> bool:
-        return isinstance(innermost(self.distribution), dist.Delta)
+        return is_delta(self.distribution)
 
 
 def innermost(distribution: dist.Distribution) -> dist.Distribution:
-    """Strip `to_event`, `expand` and masks."""
-    while isinstance(
-        distribution, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution
+    """Strip `to_event`, `expand` and masks, but no subclass of theirs: it may hide a density."""
+    while type(distribution) in (
+        dist.Independent,
+        dist.ExpandedDistribution,
+        dist.MaskedDistribution,
     ):
         distribution = distribution.base_dist
     return distribution
+
+
+def is_delta(distribution: dist.Distribution) -> bool:
+    """Whether a site's value is given, not drawn; a subclass of Delta may hide a density."""
+    return type(innermost(distribution)) is dist.Delta
 
 
 def _masked(distribution: dist.Distribution) -> bool:
@@ -87,7 +94,7 @@ class _Watch(Messenger):
         super().__init__(None)
 
     def process_message(self, msg: dict[str, Any]) -> None:
-        kind, name = msg["type"], str(msg.get("name"))
+        kind, name = msg["type"], str(msg.get("name") or "")
         if kind in ("plate", "deterministic", "info"):
             if kind == "plate" and msg["args"][1] not in (None, msg["args"][0]):
                 self._refuse(name, "a subsampled plate re-weights the model; use the whole plate")
@@ -101,7 +108,7 @@ class _Watch(Messenger):
             self._refuse(name, reasons.get(kind, f"NumPyro's `{kind}` is not supported"))
         self._check_sample(msg)
         observation = msg["value"] if msg["is_observed"] else None
-        if isinstance(innermost(msg["fn"]), dist.Delta):
+        if is_delta(msg["fn"]):
             msg["value"] = msg["fn"].sample(jax.random.key(0), msg["kwargs"]["sample_shape"])
         elif (value := self.value_of(name, msg["fn"])) is not None:
             msg["value"] = value
@@ -125,7 +132,9 @@ class _Watch(Messenger):
             )
         if msg["scale"] is not None:
             self._refuse(name, "handlers.scale and subsampling re-weight the site's log density")
-        if isinstance(base, dist.Delta):
+        if msg["value"] is not None and not msg["is_observed"]:
+            self._refuse(name, "its value is substituted by a handler; use numpyro.deterministic")
+        if is_delta(distribution):
             if msg["is_observed"]:
                 self._refuse(name, "an observed Delta has no noise; its variance must be positive")
             return
@@ -146,9 +155,10 @@ class _Watch(Messenger):
 
 
 def _run(function: str, call: Callable[..., Any], arguments: tuple, watch: _Watch) -> Any:
+    given = jax.tree.map(lambda leaf: leaf, arguments)  # containers that are the call's own
     try:
         with handlers.block(), handlers.seed(rng_seed=0), watch:
-            return call(*arguments)
+            returned = call(*given)
     except (NotLinearGaussian, jax.errors.JAXTypeError, jax.errors.JAXIndexError):
         raise
     except (TypeError, ValueError) as error:

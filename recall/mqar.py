@@ -84,12 +84,14 @@ def parse_batch(inputs: np.ndarray, labels: np.ndarray, config: dict) -> RecallB
     asked = labels != UNLABELLED
     counts = np.unique(asked.sum(axis=1))
     if len(counts) != 1 or counts[0] == 0:
-        raise ModelError(f"rows hold {counts.tolist()} labels; every row must hold as many, above 0.")
+        raise ModelError(
+            f"rows hold {counts.tolist()} labels; every row must hold as many, above 0."
+        )
     pairs = int(config.get("num_kv_pairs", counts[0])) + int(config.get("num_updates", 0))
     context = inputs[:, : 2 * pairs]
     if context.shape[1] < 2 * pairs or asked[:, : 2 * pairs - 1].any():
         raise ModelError(
-            f"{pairs} pairs take {2 * pairs} positions, but rows have {inputs.shape[1]}, or a label "
+            f"{pairs} pairs take {2 * pairs} positions; rows have {inputs.shape[1]}, or a label "
             "lies among them; `num_kv_pairs` in `config` says how many pairs there are."
         )
     keys, values = context[:, 0::2], context[:, 1::2]

@@ -25,7 +25,7 @@ NOISE_RATIO = 0.01
 
 @dataclass(frozen=True)
 class Contender:
-    """A filter in the comparison: a design model at a width, and a policy for its prior variance."""
+    """A filter in the comparison: a design model, and a policy given its prior variance."""
 
     name: str
     design: Callable[..., DesignModel]
@@ -37,7 +37,7 @@ CONTENDERS = (
     Contender("reset", associative_regression, Reset),
     Contender("additive", increment_evidence, lambda variance: Exact()),
 )
-"""Bayesian regression, its reset (the delta rule), and evidence about increments (linear attention)."""
+"""Bayesian regression, its reset (the delta rule), and linear attention."""
 
 
 @dataclass(frozen=True)

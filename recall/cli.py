@@ -1,0 +1,318 @@
+"""The `mbd` command."""
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+HELD, FAILED, WRONG_REQUEST = 0, 1, 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers a wrong request in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(WRONG_REQUEST, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `mbd`; return its exit code: 0 success, 1 a check failed, 2 a wrong request."""
+    request = _parser().parse_args(arguments)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of libraries; ours are errors and say what to do
+            return _run(request)
+    except KeyboardInterrupt:
+        print("mbd: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return HELD
+
+
+def _run(request: argparse.Namespace) -> int:
+    import jax
+
+    from design_models import ModelError
+
+    jax.config.update("jax_enable_x64", True)
+    try:
+        record_file = _record_file(request)
+        code, record = request.command(request)
+    except ModelError as error:
+        if request.debug:
+            raise
+        print(f"mbd {request.name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return WRONG_REQUEST
+    if record_file is not None:
+        record_file.write_text(json.dumps(record, indent=2, allow_nan=True) + "\n")
+    return code
+
+
+def _record_file(request: argparse.Namespace) -> Path | None:
+    from design_models import ModelError
+
+    if request.json is None:
+        return None
+    path = Path(request.json)
+    if path.is_dir() or not path.parent.is_dir():
+        raise ModelError(f"`--json` is {path}; name a file in a folder that exists.")
+    return path
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="mbd",
+        description="State what a memory does as a NumPyro model; get its exact filter, proved.",
+        epilog="example: mbd new my_memory.py && mbd verify my_memory.py:model",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    models = _command(commands, "models", _models, "list the catalogue", "mbd models")
+    del models
+
+    verify = _command(
+        commands,
+        "verify",
+        _verify,
+        "derive the exact filter of design models, and verify it against three oracles",
+        "mbd verify bayesian_layer, mbd verify my_memory.py:model --update my_memory.py:my_update",
+    )
+    verify.add_argument(
+        "subjects",
+        nargs="*",
+        metavar="NAME or FILE.py:OBJECT",
+        help="entries of the catalogue or models of your own; none: the whole catalogue",
+    )
+    verify.add_argument(
+        "--update",
+        metavar="FILE.py:FUNCTION",
+        help="check a hand-derived update(mean, covariance, u) -> (mean, covariance) too",
+    )
+    verify.add_argument("--seed", type=_seed, default=0, help="seed of all draws (default 0)")
+
+    new = _command(
+        commands,
+        "new",
+        _new,
+        "write a design model to start from, which verifies as it stands",
+        "mbd new my_memory.py",
+    )
+    new.add_argument("file", type=Path, metavar="FILE.py")
+
+    recall = _command(
+        commands,
+        "recall",
+        _recall,
+        "run verified filters over a recall batch, without training",
+        "mbd recall batch.npz --widths 8 16 32",
+    )
+    recall.add_argument(
+        "file", nargs="?", type=Path, metavar="FILE.npz", help="none: the batch that comes along"
+    )
+    recall.add_argument(
+        "--widths",
+        type=_width,
+        nargs="+",
+        default=[8, 16, 32, 64],
+        metavar="N",
+        help="entries of keys and values (default 8 16 32 64)",
+    )
+    recall.add_argument("--seed", type=_seed, default=0, help="seed of the tokens' directions")
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], Any], does: str, example: str
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=does, description=does, epilog=f"example: {example}")
+    command.add_argument("--json", metavar="FILE", help="also write a machine-readable result")
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    command.set_defaults(command=run, name=name)
+    return command
+
+
+def _seed(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a seed; give a whole number from 0")
+    return int(text)
+
+
+def _width(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 1024:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a width; give a number from 1 to 1024")
+    return int(text)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # Piped output is not cut to a terminal's width.
+    return Console() if sys.stdout.isatty() else Console(width=200)
+
+
+def _models(request: argparse.Namespace) -> tuple[int, Any]:
+    from design_models import CATALOGUE
+
+    from .reports import catalogue_table
+
+    _console().print(catalogue_table())
+    record = [
+        {
+            "name": entry.name,
+            "title": entry.title,
+            "design_model": entry.assumption,
+            "policy": type(entry.policy).__name__.lower(),
+            "paths": list(entry.paths),
+            "paper": entry.paper,
+            "note": entry.note,
+        }
+        for entry in CATALOGUE.values()
+    ]
+    return HELD, record
+
+
+def _verify(request: argparse.Namespace) -> tuple[int, Any]:
+    from design_models import CATALOGUE, ModelError
+
+    from .reports import print_outcome
+    from .user_files import load_function, load_subject
+    from .verification import verify_subject
+
+    names = request.subjects or list(CATALOGUE)
+    subjects = [load_subject(name) for name in names]
+    update = None if request.update is None else load_function(request.update)
+    if update is not None and len(subjects) != 1:
+        raise ModelError("`--update` checks one model; name one, as in my_memory.py:model.")
+    if len(subjects) > 1 and all(name in CATALOGUE for name in names):
+        outcomes = _verify_side_by_side(names, request.seed)
+    else:
+        console, outcomes = _console(), []
+        for subject in subjects:
+            with _Status(f"verifying {subject.name}") as status:
+                outcome, certificate = verify_subject(
+                    subject, seed=request.seed, progress=status.stage
+                )
+            outcomes.append(outcome)
+            print_outcome(console, outcome)
+            if update is not None and certificate is not None:
+                outcomes[-1] = _check_update(request, certificate, outcome, update)
+    code = HELD if all(outcome.holds for outcome in outcomes) else FAILED
+    records = [outcome.record for outcome in outcomes]
+    return code, records[0] if len(request.subjects) == 1 else records
+
+
+def _check_update(request: argparse.Namespace, certificate: Any, outcome: Any, update: Any) -> Any:
+    from dataclasses import asdict
+
+    from inference.update_check import check_update
+
+    from .reports import print_update
+    from .verification import Outcome
+
+    with _Status(f"checking {request.update}"):
+        verdict = check_update(certificate.exact_filter, update, seed=request.seed)
+    print_update(_console(), request.update, verdict)
+    record = outcome.record | {
+        "holds": outcome.holds and verdict.exact,
+        "update_check": {"function": request.update, **asdict(verdict), "words": verdict.words},
+    }
+    return Outcome(outcome.name, record)
+
+
+def _verify_side_by_side(names: Sequence[str], seed: int) -> list[Any]:
+    from rich.live import Live
+
+    from .reports import print_outcome, summary_table
+    from .verification import verify_catalogue
+
+    console, outcomes = _console(), []
+    stages = dict.fromkeys(names, "waiting")
+    with Live(console=console, refresh_per_second=4, transient=True) as live:
+
+        def report(name: str, stage: str) -> None:
+            stages[name] = stage
+            if console.is_terminal:
+                live.update(summary_table(outcomes, stages))
+
+        for outcome in verify_catalogue(names, seed=seed, report=report):
+            outcomes.append(outcome)
+            report(outcome.name, "done")
+    outcomes.sort(key=lambda outcome: names.index(outcome.name))
+    console.print(summary_table(outcomes, {}))
+    for outcome in outcomes:
+        if not outcome.holds:
+            print_outcome(console, outcome)
+    held = sum(outcome.holds for outcome in outcomes)
+    console.print(f"{held} of {len(outcomes)} verified")
+    return outcomes
+
+
+def _new(request: argparse.Namespace) -> tuple[int, Any]:
+    from .new_model import write_new_model
+
+    write_new_model(request.file)
+    _console().print(f"wrote {request.file}; verify it: mbd verify {request.file}:model")
+    return HELD, {"file": str(request.file)}
+
+
+def _recall(request: argparse.Namespace) -> tuple[int, Any]:
+    from dataclasses import asdict
+
+    from .mqar import read_batch, shipped_batch
+    from .reports import recall_table
+    from .untrained import NOISE_RATIO, run
+
+    path = request.file or shipped_batch()
+    batch = read_batch(path)
+    with _Status(f"recalling {path.name}") as status:
+        scores = run(batch, request.widths, seed=request.seed, progress=status.stage)
+    console = _console()
+    rows, writes = batch.keys.shape
+    console.print(
+        f"{path.name}: {rows} rows, {writes} writes and {batch.queries.shape[1]} queries each, "
+        f"{len(batch.candidates)} candidate values"
+    )
+    console.print(recall_table(scores))
+    return HELD, {
+        "file": path.name,
+        "rows": rows,
+        "writes": writes,
+        "queries": batch.queries.shape[1],
+        "candidates": len(batch.candidates),
+        "noise_ratio": NOISE_RATIO,
+        "seed": request.seed,
+        "scores": [asdict(score) for score in scores],
+    }
+
+
+class _Status:
+    """A line on the terminal's error stream that says what is being done; silent when piped."""
+
+    def __init__(self, doing: str) -> None:
+        from rich.console import Console
+
+        self.doing = doing
+        self.status = Console(stderr=True).status(doing) if sys.stderr.isatty() else None
+
+    def __enter__(self) -> "_Status":
+        if self.status is not None:
+            self.status.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.status is not None:
+            self.status.stop()
+
+    def stage(self, name: str) -> None:
+        """Say which stage has begun."""
+        if self.status is not None:
+            self.status.update(f"{self.doing}: {name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
