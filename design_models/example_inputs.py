@@ -97,7 +97,7 @@ def draw_default_inputs(model: DesignModel, rng: PRNGKeyArray, steps: int) -> di
     """Draw `DEFAULTS` for the names that the model's functions read, query always included.
 
     Raises:
-        ModelError: a name without a default is read, or no default fits the model's shapes.
+        ModelError: a name without a default is read, or the memory has no (value, key) array.
     """
     memory = _memory_shape(model)
     value_width, key_width = _widths(memory)
@@ -122,7 +122,7 @@ def draw_default_inputs(model: DesignModel, rng: PRNGKeyArray, steps: int) -> di
         except (TypeError, ValueError):
             wider = next((n for n, i in names.items() if i + 1 < len(DEFAULTS[n])), None)
             if wider is None:
-                raise
+                break  # no default fits; the proof says what does not
             names[wider] += 1
     if model.readout is None:
         names.setdefault("query", 0)

@@ -6,17 +6,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PRNGKeyArray
 
 from design_models import DesignModel, ModelError
 from design_models.example_inputs import check_input
 
+from . import locations
 from .errors import NotSupported
 from .evaluation import check_sites, check_steps
 from .exact_filter import ExactFilter
 from .extraction import prior_belief, step_coefficients
 from .partition import Partition, discover, undivided
-from .proof import Proof, prove
+from .proof import Proof, prove, prove_prior
 from .widening import widen_partition
 
 LARGEST_DENSE_MEMORY = 512
@@ -102,10 +103,29 @@ def check_against_model(exact: ExactFilter) -> None:
     check_steps(exact.proof, exact.partition, exact.examples, jax.random.key(0))
 
 
+def draw_inputs(model: DesignModel, rng: PRNGKeyArray, steps: int) -> dict[str, Array]:
+    """Draw a model's example inputs; say where it failed if it fails.
+
+    Raises:
+        NotLinearGaussian: the prior is refused.
+        ModelError: the inputs cannot be drawn.
+    """
+    prove_prior(model)  # defaults take their widths from the prior
+    try:
+        return model.draw_inputs(rng, steps)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"drawing inputs raised {type(error).__name__}: {' '.join(str(error).split())} "
+            f"({locations.of_error(error)})."
+        ) from error
+
+
 def _examples(model: DesignModel, inputs: Mapping[str, Array] | None) -> dict[str, Array]:
     """The first few steps of the inputs, in float64."""
     if inputs is None:
-        inputs = model.draw_inputs(jax.random.key(0), _CHECKED_STEPS)
+        inputs = draw_inputs(model, jax.random.key(0), _CHECKED_STEPS)
     checked = {name: check_input(name, value, None) for name, value in inputs.items()}
     lengths = {name: len(array) for name, array in checked.items()}
     if len(set(lengths.values())) != 1 or 0 in lengths.values():

@@ -16,7 +16,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PRNGKeyArray
 
-from .errors import NotLinearGaussian
+from .errors import NotLinearGaussian, NotSupported
 from .extraction import AffineMap, affine_map, draws_size, noise_response, step_coefficients
 from .linear_gaussian import Step
 from .partition import Partition
@@ -51,12 +51,23 @@ def check_sites(proof: Proof, u: Mapping[str, Array], rng: PRNGKeyArray) -> floa
         argument = memory if function.takes_memory else None
         _, sites = run_with_values(function.name, function.call, (argument, u), values)
         for site in sites.values():
-            if not site.deterministic:
+            if site.deterministic:
+                _check_weight(function.name, site)
+            else:
                 worst = max(worst, _check_site(function.name, site))
     return worst
 
 
+def _check_weight(function: str, site: Site) -> None:
+    if jnp.any(innermost(site.distribution).log_density != 0):
+        reason = "its log_density re-weights the model; leave it out"
+        raise NotLinearGaussian(function, site.name, reason, site.location)
+
+
 def _check_site(function: str, site: Site) -> float:
+    if site.observed and not jnp.all(jnp.isfinite(site.observation)):
+        reason = "its observed value is not finite; give a missing entry a large noise variance"
+        raise NotSupported(function, site.name, reason, site.location)
     base = innermost(site.distribution)
     for name, constraint in base.arg_constraints.items():
         parameter = base.__dict__.get(name)

@@ -85,13 +85,13 @@ def prove(model: DesignModel, u: Mapping[str, Array]) -> Proof:
         NotSupported: outside what can be proved here.
         ModelError: a function reads an input that `u` does not hold.
     """
-    prior = _prove_function("prior", lambda memory, u: model.prior(), None, u, model.prior)
+    prior = prove_prior(model)
     memory = prior.result
-    _check_memory(memory)
     transition = _prove_function("transition", model.transition, memory, u)
-    _check_returned_memory(transition, memory)
+    _check_returned_memory(transition, memory, _definition(model.transition))
     observe = _prove_function("observe", model.observe, memory, u)
     readout = _prove_function("readout", model.read, memory, u, model.readout)
+    _check_names(transition, observe, readout)
     if prior.observed or readout.observed:
         where = prior if prior.observed else readout
         raise NotSupported(
@@ -101,20 +101,39 @@ def prove(model: DesignModel, u: Mapping[str, Array]) -> Proof:
             where.observed[0].location,
         )
     if not transition.observed and not observe.observed:
-        raise NotSupported("observe", "", "holds no sample site with obs=; nothing is ever written")
+        raise NotSupported(
+            "observe",
+            "",
+            "holds no sample site with obs=; nothing is ever written",
+            _definition(model.observe),
+        )
     return Proof(prior, transition, observe, readout, memory)
 
 
-def _check_memory(memory: Any) -> None:
+def prove_prior(model: DesignModel) -> ProvedFunction:
+    """Prove the prior alone, which needs no inputs.
+
+    Raises:
+        NotLinearGaussian: as `prove`.
+    """
+    prior = _prove_function("prior", lambda memory, u: model.prior(), None, {}, model.prior)
+    _check_memory(prior.result, _definition(model.prior))
+    return prior
+
+
+def _definition(function: Callable[..., Any]) -> str:
+    return locations.of_definition(inspect.unwrap(function))
+
+
+def _check_memory(memory: Any, location: str) -> None:
     leaves = jax.tree.leaves(memory)
     if not leaves or any(not jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
         found = memory if not leaves else [leaf.dtype.name for leaf in leaves]
-        raise NotSupported(
-            "prior", "", f"returns {found}; it must return the memory, arrays of real numbers"
-        )
+        reason = f"returns {found}; it must return the memory, arrays of real numbers"
+        raise NotSupported("prior", "", reason, location)
 
 
-def _check_returned_memory(transition: ProvedFunction, memory: Any) -> None:
+def _check_returned_memory(transition: ProvedFunction, memory: Any, location: str) -> None:
     same_tree = jax.tree.structure(transition.result) == jax.tree.structure(memory)
     before = [leaf.shape for leaf in jax.tree.leaves(memory)]
     after = [leaf.shape for leaf in jax.tree.leaves(transition.result)]
@@ -124,7 +143,22 @@ def _check_returned_memory(transition: ProvedFunction, memory: Any) -> None:
             "",
             f"returns {after if after else transition.result}, but the memory is {before}; "
             "return the next memory, shaped like the last",
+            location,
         )
+
+
+def _check_names(*functions: ProvedFunction) -> None:
+    owners: dict[str, str] = {}
+    for function in functions:
+        for site in function.sites:
+            if site.name in owners:
+                raise NotSupported(
+                    function.name,
+                    site.name,
+                    f"shares its name with a site of `{owners[site.name]}`, in the same step",
+                    site.location,
+                )
+            owners[site.name] = function.name
 
 
 def _prove_function(
@@ -135,7 +169,9 @@ def _prove_function(
     source: Callable[..., Any] | None = None,
 ) -> ProvedFunction:
     source = call if source is None else source
+    whole = _definition(source)
     found: dict[str, ProvedSite] = {}
+    places: dict[str, str] = {}
 
     def declare(memory: Any, u: Mapping[str, Array]) -> Any:
         returned, sites = run_with_values(name, call, (memory, u), {})
@@ -157,47 +193,63 @@ def _prove_function(
     def densities(latents: tuple[Any, dict[str, Array]], u: Mapping[str, Array]) -> Any:
         returned, met = run_with_values(name, call, (latents[0], u), latents[1])
         density, fixed, hidden, observation = {}, {}, {}, {}
+        returned = jax.tree.map(jnp.asarray, returned)
+        _refuse_complex(name, "", "what it returns", jax.tree.leaves(returned), whole)
         for site in met.values():
             base = innermost(site.distribution)
+            places[site.name] = site.location
             if site.deterministic:
                 fixed[site.name] = jnp.asarray(base.v)
                 hidden[site.name] = jnp.asarray(base.log_density)
             else:
                 density[site.name] = jnp.sum(site.distribution.log_prob(site.value))
+                _refuse_complex(
+                    name, site.name, "its log density", [density[site.name]], site.location
+                )
             if site.observed:
-                observation[site.name] = jnp.asarray(site.observation)
-        return density, fixed, hidden, observation, jax.tree.map(jnp.asarray, returned)
+                seen = observation[site.name] = jnp.asarray(site.observation)
+                _refuse_complex(name, site.name, "its observed value", [seen], site.location)
+        return density, fixed, hidden, observation, returned
 
     proved = _explain_python_control(
         name, lambda memory, u: degrees(densities, (memory, values), u), memory, u, traced=False
     )
     density, fixed, hidden, observation, returned = proved
+    if set(density) != set(values):
+        raise NotSupported(name, "", "its sample sites change from call to call", whole)
     for site in sites:
         if density[site.name].degree > _QUADRATIC:
             _refuse_density(name, call, site, memory, values, u, density[site.name])
-    whole = locations.of_definition(inspect.unwrap(source))
     for site_name, degree in fixed.items():
-        _refuse_above(
-            name, site_name, degree, _AFFINE, "its fixed value is not affine in the memory"
-        )
+        reason = "its fixed value is not affine in the memory"
+        _refuse_above(name, site_name, degree, _AFFINE, reason, places[site_name])
     for site_name, degree in hidden.items():
-        _refuse_above(name, site_name, degree, 0, "its log_density re-weights the memory")
+        reason = "its log_density re-weights the memory"
+        _refuse_above(name, site_name, degree, 0, reason, places[site_name])
     for site_name, degree in observation.items():
-        _refuse_above(name, site_name, degree, 0, "its observed value depends on the memory")
+        reason = "its observed value depends on the memory"
+        _refuse_above(name, site_name, degree, 0, reason, places[site_name])
     for degree in jax.tree.leaves(returned, is_leaf=lambda leaf: isinstance(leaf, Degree)):
-        _refuse_above(
-            name, "", degree, _AFFINE, "what it returns is not affine in the memory", whole
-        )
+        reason = "what it returns is not affine in the memory"
+        _refuse_above(name, "", degree, _AFFINE, reason, whole)
     takes_memory = memory is not None
     return ProvedFunction(name, call, takes_memory, sites, result)
 
 
 def _refuse_above(
-    function: str, site: str, degree: Degree, most: int, reason: str, whole: str = ""
+    function: str, site: str, degree: Degree, most: int, reason: str, location: str
 ) -> None:
     if degree.degree > most:
         detail = f": {degree.reason}" if degree.reason else ""
-        raise NotLinearGaussian(function, site, reason + detail, degree.location or whole)
+        raise NotLinearGaussian(function, site, reason + detail, degree.location or location)
+
+
+def _refuse_complex(
+    function: str, site: str, what: str, arrays: list[Array], location: str
+) -> None:
+    if any(jnp.iscomplexobj(array) for array in arrays):
+        reason = f"{what} is complex; a memory and what is observed of it are real numbers"
+        raise NotSupported(function, site, reason, location)
 
 
 def _refuse_density(

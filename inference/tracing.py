@@ -10,6 +10,7 @@ Everything that is said about a model rests on three views of the same run:
 """
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -148,6 +149,12 @@ class _Watch(Messenger):
                 NotLinearGaussian,
             )
         shape = tuple(msg["kwargs"]["sample_shape"]) + distribution.shape()
+        if type(base) is not dist.Normal and math.prod(shape) > LARGEST_DENSE_SITE:
+            self._refuse(
+                name,
+                f"a {type(base).__name__} of {math.prod(shape)} entries; above "
+                f"{LARGEST_DENSE_SITE} only Normal sites are handled",
+            )
         if msg["is_observed"] and jnp.shape(msg["value"]) != shape:
             self._refuse(
                 name, f"obs has shape {jnp.shape(msg['value'])}, but the site has shape {shape}"
@@ -166,6 +173,16 @@ def _run(function: str, call: Callable[..., Any], arguments: tuple, watch: _Watc
         raise NotSupported(
             function, "", f"raised {type(error).__name__}: {reason}", locations.of_error(error)
         ) from error
+    after, before = jax.tree.flatten(given), jax.tree.flatten(arguments)
+    same = after[1] == before[1] and all(map(operator.is_, after[0], before[0]))
+    if not same:
+        raise NotSupported(
+            function,
+            "",
+            "changes its arguments in place, which later steps would see; return a new memory and "
+            "leave `u` as it is",
+        )
+    return returned
 
 
 def run_with_values(
@@ -218,13 +235,6 @@ def moments(distribution: dist.Distribution, shape: tuple[int, ...]) -> tuple[Ar
         deviation = jnp.broadcast_to(jnp.sqrt(distribution.variance), shape)
         return mean, Noise(lambda draws: deviation * draws, elementwise=True)
     size = math.prod(shape)
-    if size > LARGEST_DENSE_SITE:
-        raise NotSupported(
-            "site",
-            "",
-            f"a {type(base).__name__} of {size} entries; above {LARGEST_DENSE_SITE} only Normal "
-            "sites are handled",
-        )
 
     def log_density(value: Array) -> Array:
         return jnp.sum(distribution.log_prob(value.reshape(shape)))

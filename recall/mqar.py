@@ -56,7 +56,7 @@ def read_batch(path: Path) -> RecallBatch:
         with np.load(path, allow_pickle=False) as file:
             held = {name: file[name] for name in file.files}
     except (ValueError, OSError, zipfile.BadZipFile, AttributeError) as error:
-        raise ModelError(f"{path} is not a .npz of plain arrays: {error}.") from error
+        raise ModelError(f"{path} is not a .npz file of plain arrays.") from error
     missing = [name for name in ("inputs", "labels") if name not in held]
     if missing:
         raise ModelError(f"{path} holds {sorted(held)}, but not {missing}; a batch needs both.")

@@ -9,8 +9,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from design_models import CATALOGUE, DesignModel, ModelError, Recurrence, from_scan, recurrence
+from design_models import DesignModel, ModelError, Recurrence, from_scan, recurrence
 from design_models.policy import Exact, Policy
+from inference import locations
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,24 @@ def load_subject(request: str) -> Subject:
     if isinstance(found, DesignModel):
         return Subject(request, found, Exact())
     if isinstance(found, Callable) and not isinstance(found, type):
-        return Subject(request, from_scan(found), Exact())
+        return Subject(request, _whole_model(request, found), Exact())
     raise ModelError(
         f"{request} is a {type(found).__name__}; it must be a DesignModel, a catalogue entry, or a "
         "function that is a whole NumPyro model."
     )
+
+
+def _whole_model(request: str, function: Callable[..., Any]) -> DesignModel:
+    try:
+        return from_scan(function)
+    except ModelError as error:
+        raise ModelError(f"{request}, taken for a whole NumPyro model: {error}") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"{request}, taken for a whole NumPyro model, raised {type(error).__name__}: {reason} "
+            f"({locations.of_error(error)})."
+        ) from error
 
 
 def load_function(request: str) -> Callable[..., Any]:
@@ -99,26 +113,10 @@ def _run_file(path: Path) -> ModuleType:
     except SyntaxError as error:
         raise ModelError(f"{path}:{error.lineno} is not valid Python: {error.msg}.") from error
     except Exception as error:
-        lines = [
-            frame.tb_lineno
-            for frame in _frames(error)
-            if frame.tb_frame.f_code.co_filename == str(path.resolve())
-        ]
-        where = f"{path}:{lines[-1]}" if lines else str(path)
         reason = " ".join(str(error).split())
-        raise ModelError(f"{where} raised {type(error).__name__}: {reason}.") from error
+        raise ModelError(
+            f"{path} raised {type(error).__name__}: {reason} ({locations.of_error(error)})."
+        ) from error
     finally:
         sys.path.pop(0)
     return module
-
-
-def _frames(error: BaseException):
-    frame = error.__traceback__
-    while frame is not None:
-        yield frame
-        frame = frame.tb_next
-
-
-def catalogue_names() -> list[str]:
-    """Names of the catalogue, in its order."""
-    return list(CATALOGUE)

@@ -20,7 +20,10 @@ from inference.exact_filter import ExactFilter
 from inference.extraction import arrange_observed
 from inference.kalman import predict
 from inference.linear_gaussian import Belief, Observed, Step
+from inference.oracles import joint, nuts, simulation
+from inference.oracles.check import Check
 from inference.policies import advance_under
+from inference.verify import Scene
 
 WIDTH = 2
 """Value and key width of every case: the smallest at which all faults differ."""
@@ -293,3 +296,42 @@ FAULTS = (
 def faults_of(case: Case, exact: ExactFilter) -> list[Fault]:
     """The faults that a case can have."""
     return [fault for fault in FAULTS if fault.applies(case, exact)]
+
+
+class Bench:
+    """The oracles of one model, which judge many claims about few scenes.
+
+    What an oracle needs of a scene is computed once, whatever is claimed.
+    """
+
+    def __init__(self, model: DesignModel) -> None:
+        self.conditioner = joint.conditioner(model)
+        self.simulate = simulation.simulator(model)
+        self.sample = nuts.sampler(model)
+
+    def joint(self, scene: Scene) -> Callable[[Claimant], list[Check]]:
+        """Joint conditioning as a judge of claims."""
+        lengths = sorted({1, 2, len(scene.seen)})
+        exact = {
+            length: self.conditioner(
+                {name: array[:length] for name, array in scene.inputs.items()}, scene.seen[:length]
+            )
+            for length in lengths
+        }
+        return lambda claim: joint.compare(claim, scene.inputs, scene.seen, exact)
+
+    def simulation(self, scene: Scene) -> Callable[[Claimant], list[Check]]:
+        """Simulation as a judge of claims."""
+        truth = self.simulate(scene.inputs, scene.seed + 4)
+        return lambda claim: simulation.compare(claim, scene.inputs, truth)
+
+    def nuts(self, scene: Scene) -> Callable[[Claimant], list[Check]]:
+        """NUTS as a judge of claims."""
+        seen = nuts.AMPLIFICATION * scene.seen
+        posterior = self.sample(scene.inputs, seen, scene.seed + 5)
+        return lambda claim: nuts.compare(claim, scene.inputs, seen, posterior)
+
+
+def failed(checks: list[Check]) -> bool:
+    """Whether any check does not hold."""
+    return not all(check.holds for check in checks)

@@ -244,7 +244,7 @@ def absolute_mean(S, u):
     numpyro.sample("v", dist.Normal(mean, 1.0).to_event(1), obs=u["value"])
 
 
-@refused("transition", "S", "choice")
+@refused("transition", "S", "mean is not affine in the memory: comparison")
 def where_on_memory(S, u):
     mean = jnp.where(S > 0, S, 0.5 * S)  # here
     return numpyro.sample("S", dist.Normal(mean, 1.0).to_event(2))
@@ -286,8 +286,8 @@ def product_with_a_latent(S, u):
     return numpyro.sample("S", dist.Normal(gate * S, 1.0).to_event(2))  # here
 
 
-@refused("transition", "", "returns is not affine")
-def product_returned(S, u):  # here
+@refused("transition", "", "returns is not affine")  # here
+def product_returned(S, u):
     gate = numpyro.sample("gate", dist.Normal(0.0, 1.0))
     return gate * S
 
@@ -307,7 +307,7 @@ def quadratic_readout(S, u):
     numpyro.sample("y", dist.Normal((S @ u["query"]) ** 2, 1.0).to_event(1))  # here
 
 
-@refused("transition", "S", "matrix of a linear solve")
+@refused("transition", "S", "mean is not affine")
 def solve_by_memory(S, u):
     mean = jnp.linalg.solve(S + jnp.eye(2), jnp.eye(2))  # here
     return numpyro.sample("S", dist.Normal(mean, 1.0).to_event(2))
@@ -472,7 +472,7 @@ def scale_handler(S, u):
 
 @refused("transition", "S", "its log_density re-weights the memory")
 def delta_with_density_of_memory(S, u):
-    return numpyro.sample("S", dist.Delta(0.9 * S, log_density=-(S**2)))
+    return numpyro.sample("S", dist.Delta(0.9 * S, log_density=-(S**2)))  # here
 
 
 @refused("transition", "S", "log_density")
@@ -539,7 +539,7 @@ class ComplexDensity(dist.Normal):
         return super().log_prob(value) + 1j * self.loc
 
 
-@refused("observe", "v", "complex")
+@refused("observe", "v", "complex", NotSupported)
 def complex_density(S, u):
     numpyro.sample("v", ComplexDensity(S @ u["key"], 1.0).to_event(1), obs=u["value"])  # here
 
@@ -676,7 +676,7 @@ def counting_prior():
     return numpyro.sample("S", dist.Normal(jnp.zeros((2, 2)), scale).to_event(2))
 
 
-@refused("transition", "", "sites change")
+@refused("transition", "", "sites change", NotSupported)
 def changing_sites(S, u):
     CALLS["count"] += 1
     return numpyro.sample(f"S{CALLS['count']}", dist.Normal(S, 1.0).to_event(2))
@@ -734,7 +734,7 @@ def learned_parameter(S, u):
     return numpyro.sample("S", dist.Normal(numpyro.param("rate", 0.9) * S, 1.0).to_event(2))  # here
 
 
-@refused("transition", "noise_key", "prng_key", NotSupported)
+@refused("transition", "", "prng_key", NotSupported)
 def own_random_key(S, u):
     return S + jax.random.normal(numpyro.prng_key("noise_key"), S.shape)  # here
 
@@ -788,7 +788,7 @@ def observed_in_the_readout(S, u):
 @refused("observe", "v", "observed value depends on the memory")
 def observed_value_of_memory(S, u):
     value = u["value"] - S @ u["key"]
-    numpyro.sample("v", dist.Normal(jnp.zeros(2), 1.0).to_event(1), obs=value)
+    numpyro.sample("v", dist.Normal(jnp.zeros(2), 1.0).to_event(1), obs=value)  # here
 
 
 @refused("observe", "v", "not finite", NotSupported)
@@ -798,7 +798,7 @@ def observed_value_nan(S, u):
     )  # here
 
 
-@refused("observe", "", "nothing is ever written", NotSupported)
+@refused("observe", "", "nothing is ever written", NotSupported)  # here
 def nothing_observed(S, u):
     return S @ u["key"]
 
@@ -827,22 +827,22 @@ def observation_repeated(S, u):
     numpyro.sample("v", dist.Normal(S[0, 0], 1.0), obs=u["value"])  # here
 
 
-@refused("transition", "", "return the next memory", NotSupported)
+@refused("transition", "", "return the next memory", NotSupported)  # here
 def returns_another_shape(S, u):
     return decaying(S, u)[0]
 
 
-@refused("transition", "", "return the next memory", NotSupported)
+@refused("transition", "", "return the next memory", NotSupported)  # here
 def returns_nothing(S, u):
     decaying(S, u)
 
 
-@refused("transition", "", "return the next memory", NotSupported)
+@refused("transition", "", "return the next memory", NotSupported)  # here
 def returns_a_pair(S, u):
     return S, S
 
 
-@refused("transition", "", "complex", NotSupported)
+@refused("transition", "", "complex", NotSupported)  # here
 def returns_complex(S, u):
     return decaying(S, u) * (1 + 1j)
 
@@ -852,27 +852,27 @@ def complex_mean(S, u):
     numpyro.sample("v", dist.Normal(S @ u["key"] * 1j, 1.0).to_event(1), obs=u["value"])  # here
 
 
-@refused("readout", "", "complex", NotSupported)
+@refused("readout", "", "complex", NotSupported)  # here
 def complex_readout(S, u):
     return S @ u["query"] * 1j
 
 
-@refused("prior", "", "return the memory", NotSupported)
+@refused("prior", "", "return the memory", NotSupported)  # here
 def prior_returns_nothing():
     normal_prior()
 
 
-@refused("prior", "", "real numbers", NotSupported)
+@refused("prior", "", "real numbers", NotSupported)  # here
 def prior_returns_integers():
     return jnp.zeros((2, 2), int)
 
 
-@refused("prior", "", "real numbers", NotSupported)
+@refused("prior", "", "real numbers", NotSupported)  # here
 def prior_returns_complex():
     return normal_prior() + 1j
 
 
-@refused("prior", "", "real numbers", NotSupported)
+@refused("prior", "", "real numbers", NotSupported)  # here
 def prior_returns_booleans():
     return jnp.zeros((2, 2), bool)
 
@@ -1111,7 +1111,7 @@ def loops_from_jax(S, u):
 
 @accepted("transition")
 def indexed_by_an_integer_input(S, u):
-    cleared = S.at[:, u["slot"]].multiply(0.2)
+    cleared = S.at[:, u["slot"]].set(0.2 * u["value"])
     return numpyro.sample("S", dist.Normal(cleared, 0.5).to_event(2))
 
 
@@ -1286,6 +1286,12 @@ def memory_of_rank_one():
     return scale * jnp.outer(jnp.array([1.0, 2.0]), jnp.array([0.5, 1.0]))
 
 
+def innermost(distribution):
+    while isinstance(distribution, dist.Independent | dist.ExpandedDistribution):
+        distribution = distribution.base_dist
+    return distribution
+
+
 @dataclass(frozen=True)
 class Posterior:
     """The last memory, flattened, given everything observed."""
@@ -1306,7 +1312,7 @@ def condition_densely(model: DesignModel, inputs: dict[str, jax.Array]) -> Poste
         if site["type"] == "sample"
         and not site["is_observed"]
         and not name.endswith("/y")
-        and np.any(site["fn"].variance > 0)
+        and not isinstance(innermost(site["fn"]), dist.Delta)
     }
     origin, unravel = ravel_pytree(latent)
 

@@ -27,7 +27,8 @@ from .statistics import impossible, largest, moments, whiten
 ORACLE = "NUTS"
 AMPLIFICATION = 10.0
 CHAINS = 4
-_WARMUP, _SAMPLES = 500, 1000
+_WARMUP, _FEWEST_DRAWS, _MOST_DRAWS = 500, 1000, 4000
+_DRAWN_NUMBERS = 80_000
 _LARGEST_RHAT, _SMALLEST_ESS = 1.01, 400
 
 
@@ -48,9 +49,11 @@ def sampler(model: DesignModel) -> Callable[[Mapping[str, Array], Seen, int], Po
     A chain that mixed badly is run again, longer.
     """
 
-    @partial(jax.jit, static_argnames="samples")
-    def run(inputs: Mapping[str, Array], seen: Seen, rng: PRNGKeyArray, samples: int):
+    @partial(jax.jit, static_argnames="lengthen")
+    def run(inputs: Mapping[str, Array], seen: Seen, rng: PRNGKeyArray, lengthen: int):
         program = Program(model, inputs)
+        # Statistics sum over entries: the fewer there are, the more draws it takes.
+        draws = max(_FEWEST_DRAWS, min(_MOST_DRAWS, _DRAWN_NUMBERS // program.size))
         kernel = NUTS(
             potential_fn=lambda latents: -program.log_joint(latents, seen),
             dense_mass=program.size <= 200,
@@ -58,7 +61,7 @@ def sampler(model: DesignModel) -> Callable[[Mapping[str, Array], Seen, int], Po
         mcmc = MCMC(
             kernel,
             num_warmup=_WARMUP,
-            num_samples=samples,
+            num_samples=lengthen * draws,
             num_chains=CHAINS,
             chain_method="vectorized",
             progress_bar=False,
@@ -69,9 +72,9 @@ def sampler(model: DesignModel) -> Callable[[Mapping[str, Array], Seen, int], Po
         return *jax.vmap(jax.vmap(program.outcome))(latents), divergences
 
     def sample(inputs: Mapping[str, Array], seen: Seen, seed: int) -> Posterior:
-        for samples in (_SAMPLES, 4 * _SAMPLES):
+        for lengthen in (1, 4):
             memory, output, divergences = (
-                np.asarray(part) for part in run(inputs, seen, jax.random.key(seed), samples)
+                np.asarray(part) for part in run(inputs, seen, jax.random.key(seed), lengthen)
             )
             draws = np.concatenate([memory, output], axis=-1)
             varying = np.ptp(draws, axis=(0, 1)) > 0

@@ -18,13 +18,14 @@ from scipy import stats
 
 from design_models import DesignModel
 
-from ..claim import Claim, Claimant
+from ..claim import Claimant
 from .check import Check
 from .program import Program
 from .statistics import FALSE_ALARM, impossible, largest, moments, whiten
 
 ORACLE = "simulation"
-DRAWS = 20_000
+_FEWEST_DRAWS, _MOST_DRAWS = 20_000, 100_000
+_DRAWN_NUMBERS = 4_000_000
 _MOST_PRODUCTS = 400
 
 
@@ -42,7 +43,9 @@ def simulator(model: DesignModel) -> Callable[[Mapping[str, Array], int], Truth]
 
     @jax.jit
     def draw(inputs: Mapping[str, Array], rng: PRNGKeyArray):
-        return jax.vmap(Program(model, inputs).simulate)(jax.random.split(rng, DRAWS))
+        program = Program(model, inputs)
+        draws = max(_FEWEST_DRAWS, min(_MOST_DRAWS, _DRAWN_NUMBERS // program.size))
+        return jax.vmap(program.simulate)(jax.random.split(rng, draws))
 
     def simulate(inputs: Mapping[str, Array], seed: int) -> Truth:
         return Truth(*(np.asarray(part) for part in draw(inputs, jax.random.key(seed))))
@@ -60,9 +63,9 @@ def judge(
 def compare(claim: Claimant, inputs: Mapping[str, Array], truth: Truth) -> list[Check]:
     """Compare a claim with draws that were made before."""
     memory, output, seen = truth.memory, truth.output, truth.seen
-    last = _last_step(claim, inputs, jnp.asarray(seen))
-    means, output_means = np.asarray(last.means), np.asarray(last.output_means)
-    covariance, variances = np.asarray(last.covariances[0]), np.asarray(last.output_variances[0])
+    means, output_means, covariance, variances = (
+        np.asarray(part) for part in _last_step(claim, inputs, jnp.asarray(seen))
+    )
     white = whiten(memory - means, np.zeros(means.shape[-1]), covariance)
     white_output = whiten(
         output - output_means, np.zeros(output_means.shape[-1]), np.diag(variances)
@@ -93,9 +96,15 @@ def compare(claim: Claimant, inputs: Mapping[str, Array], truth: Truth) -> list[
 @partial(jax.jit, static_argnames="claim")
 def _last_step(
     claim: Claimant, inputs: Mapping[str, Array], seen: Float[Array, "draw time seen"]
-) -> Claim:
-    """What is claimed after the last step, for every draw of the observed values."""
-    return jax.vmap(lambda values: jax.tree.map(lambda part: part[-1], claim(inputs, values)))(seen)
+) -> tuple[Array, Array, Array, Array]:
+    """Means of memory and read-out for every draw; covariance and variances of the first."""
+
+    def means(values: Float[Array, "time seen"]) -> tuple[Array, Array]:
+        said = claim(inputs, values)
+        return said.means[-1], said.output_means[-1]
+
+    said = claim(inputs, seen[0])
+    return *jax.vmap(means)(seen), said.covariances[-1], said.output_variances[-1]
 
 
 def _products(errors: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -104,7 +104,7 @@ def recursion(
             covariance = np.diag(np.repeat(average, width))
         for row, level, variance, value in zip(matrix, offset, noise, seen[t], strict=True):
             if isinstance(policy, Reset):
-                touched = np.repeat(row.reshape(-1, width).any(axis=1), width)
+                touched = row != 0  # entries that this observation sees together
                 covariance[touched] = 0
                 covariance[touched, touched] = policy.variance
             projected = covariance @ row
