@@ -13,17 +13,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from .linear_gaussian import Belief, Evidence, Observation, Observed, Step
-from .partition import Partition
+from .partition import Index, Partition
 from .proof import Proof, ProvedFunction
 from .tracing import run_with_draws, run_with_values
 
 Vector = Float[Array, "_"]
-Index = Int[np.ndarray, "block row width"]
 AffineMap = Callable[[Vector, Vector], tuple[Vector, Vector]]
 """(memory, draws) -> (returned, observed), all flattened."""
 

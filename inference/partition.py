@@ -14,7 +14,8 @@ from jaxtyping import Int
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
-Index = Int[np.ndarray, "block row width"]
+Index = Int[np.ndarray, "_ _ _"]
+"""Positions, by block, row and column."""
 Part = tuple[np.ndarray, np.ndarray, np.ndarray]
 """States, evidence and observations of one component."""
 
@@ -26,9 +27,9 @@ TOLERANCE = 1e-10
 class Partition:
     """Positions in the flattened memory, evidence and observation of each block's rows."""
 
-    states: Index
-    evidence: Index | None
-    observed: Index | None
+    states: Int[np.ndarray, "block row width"]
+    evidence: Int[np.ndarray, "block row evidence"] | None
+    observed: Int[np.ndarray, "block row observed"] | None
 
     @property
     def blocks(self) -> int:

@@ -1,0 +1,1 @@
+"""Compiled sequence layers."""

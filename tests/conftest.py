@@ -1,0 +1,13 @@
+"""Skips that every test file shares."""
+
+import jax
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where JAX has no CUDA device."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and jax.default_backend() != "gpu":
+        reason = f"needs a CUDA device; JAX runs on {jax.default_backend()} here"
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
