@@ -141,12 +141,13 @@ def _call(model: Callable[..., Any], names: tuple[str, ...], inputs: Mapping[str
 
 def _reach(model, names, inputs) -> tuple[Callable, Any, Any, set[str]]:
     """Run the model up to its scan: body, first memory, inputs, and the names met before it."""
+    met = handlers.trace()
     try:
-        with handlers.trace() as met, handlers.seed(rng_seed=0), _StopAtScan():
+        with met, handlers.seed(rng_seed=0), _StopAtScan():
             _call(model, names, inputs)
     except _Reached as reached:
         body, memory, scanned = reached.args
-        return body, memory, scanned, set(met)
+        return body, memory, scanned, set(met.trace)
     raise ModelError("the model calls no `numpyro.contrib.control_flow.scan`.")
 
 

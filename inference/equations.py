@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
 from .derivation import jittered
 from .exact_filter import ExactFilter
@@ -131,7 +132,7 @@ def _by_entry(exact: ExactFilter, array: np.ndarray) -> np.ndarray:
     return array if exact.partition.blocks == 1 else arranged
 
 
-def recognise(coefficient: np.ndarray, inputs: Mapping[str, np.ndarray]) -> str:
+def recognise(coefficient: np.ndarray, inputs: Mapping[str, Array]) -> str:
     """Name a coefficient (draw, ...) after the inputs it comes from, or give its value."""
     if coefficient.ndim == 3 and _close(
         coefficient, np.broadcast_to(coefficient[:, :1, :1], coefficient.shape)
@@ -170,7 +171,7 @@ def _reduce(coefficient: np.ndarray) -> tuple[np.ndarray, str]:
     return array, suffix
 
 
-def _candidates(inputs: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+def _candidates(inputs: Mapping[str, Array]) -> Iterator[tuple[str, np.ndarray]]:
     arrays = {n: np.asarray(a, float) for n, a in inputs.items()}
     with np.errstate(all="ignore"):
         for name, x in arrays.items():
@@ -201,7 +202,7 @@ def _close(first: np.ndarray, second: np.ndarray) -> bool:
     return bool(np.max(np.abs(first - second), initial=0) <= _TOLERANCE * scale)
 
 
-def _constant(array: np.ndarray) -> str:
+def _constant(array: Array | np.ndarray) -> str:
     values = np.asarray(array)
     if values.size == 1 or np.ptp(values) <= _TOLERANCE:
         return f"{values.ravel()[0]:.6g}"

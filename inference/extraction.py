@@ -123,17 +123,17 @@ class _Probe:
     def at_zero(self) -> tuple[Vector, Vector]:
         return self.run(self.state, self.draws)
 
-    def matrices(self, columns: Index, states: Index | None, seen: Index | None):
+    def matrices(self, columns: Index, states: Index | None, seen: Index | None) -> Any:
         """Derivatives of what is returned and of what is seen, in the first row of each block."""
 
         def along(places):
             tangent = jnp.zeros_like(self.state).at[places].set(1)
-            run = partial(self.run, draws=self.draws)
+            run = lambda state: self.run(state, self.draws)  # noqa: E731
             return _first_rows(jax.jvp(run, (self.state,), (tangent,))[1], states, seen)
 
         return jax.vmap(along, in_axes=1, out_axes=-1)(jnp.asarray(columns[:, 0]))
 
-    def covariances(self, states: Index | None, seen: Index | None):
+    def covariances(self, states: Index | None, seen: Index | None) -> Any:
         """Covariance of what is returned, its covariance with what is seen, and of what is seen.
 
         With J the derivative along the draws, column i is J Jᵀ e_i.

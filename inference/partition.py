@@ -8,6 +8,7 @@ value*key entries into the one K×K covariance of a linear memory, or into scala
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -53,7 +54,7 @@ def undivided(states: int, evidence: int, observed: int) -> Partition:
     return Partition(np.arange(states).reshape(1, 1, states), all_of(evidence), all_of(observed))
 
 
-def discover(coefficients: Mapping[str, np.ndarray | None]) -> Partition:
+def discover(coefficients: Mapping[str, Any]) -> Partition:
     """Find the partition of a model from dense coefficients at several generic inputs.
 
     Args:

@@ -49,7 +49,7 @@ class Site:
         return is_delta(self.distribution)
 
 
-def innermost(distribution: dist.Distribution) -> dist.Distribution:
+def innermost(distribution: Any) -> Any:
     """Strip `to_event`, `expand` and masks, but no subclass of theirs: it may hide a density."""
     while type(distribution) in (
         dist.Independent,
@@ -119,10 +119,10 @@ class _Watch(Messenger):
             self._refuse(name, "two sites of this function share one name")
         self.sites[name] = Site(name, msg["fn"], msg["value"], observation, locations.here())
 
-    def _refuse(self, site: str, reason: str, kind=NotSupported) -> None:
+    def _refuse(self, site: str, reason: str, kind: type = NotSupported) -> None:
         raise kind(self.function, site, reason, locations.here())
 
-    def _check_sample(self, msg: dict[str, Any]) -> None:
+    def _check_sample(self, msg: Any) -> None:
         name, distribution = msg["name"], msg["fn"]
         base = innermost(distribution)
         if isinstance(base, dist.Unit):

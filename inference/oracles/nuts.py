@@ -9,11 +9,12 @@ false-alarm rate of `statistics.FALSE_ALARM`. A chain that has not converged dec
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from arviz_stats.base import array_stats
+from arviz_stats.base.array import array_stats
 from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro.infer import MCMC, NUTS
 
@@ -128,7 +129,8 @@ def compare(
     return checks + [largest(ORACLE, name, part, total) for name, part in found.items()]
 
 
-def scores(statistic: Float[np.ndarray, "chain draw statistic"]) -> np.ndarray:
+def scores(statistic: Float[np.ndarray, "chain draw statistic"]) -> Float[np.ndarray, " statistic"]:
     """Z scores of statistics whose mean should be zero, by ArviZ's Monte Carlo error."""
-    error = np.asarray(array_stats.mcse(statistic, chain_axis=0, draw_axis=1, method="mean"), float)
+    found: Any = array_stats.mcse(statistic, chain_axis=0, draw_axis=1, method="mean")
+    error = np.asarray(found, float)
     return np.mean(statistic, axis=(0, 1)) / error

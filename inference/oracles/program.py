@@ -85,20 +85,20 @@ class Program:
 
     def log_joint(self, latents: Latents, seen: Seen) -> Float[Array, ""]:
         """Log density of latent and observed sites together, by NumPyro alone."""
-        conditioned = handlers.condition(self.run, self.conditions(seen))
-        return log_density(conditioned, (), {}, self.unravel(latents))[0]
+        values: dict[str, Any] = {**self.conditions(seen)}
+        conditioned = handlers.condition(self.run, values)
+        return jnp.asarray(log_density(conditioned, (), {}, self.unravel(latents))[0])
 
     def outcome(self, latents: Latents) -> tuple[Float[Array, " entry"], Float[Array, " output"]]:
         """The memory after the last step, and its read-out, as functions of the latents."""
         with handlers.block():
-            memories, output = handlers.substitute(
-                handlers.seed(self.run, 0), self.unravel(latents)
-            )()
+            given: Any = handlers.substitute(handlers.seed(self.run, 0), self.unravel(latents))
+            memories, output = given()
         return ravel_pytree(memories[-1])[0], ravel_pytree(output)[0]
 
     def simulate(self, rng: PRNGKeyArray) -> tuple[Array, Array, Seen]:
         """Draw (last memory, read-out, observed values) from the model's own prior."""
-        drawn = _Unobserve(self.run)
+        drawn: Any = _Unobserve(self.run)
         with handlers.trace() as traced, handlers.seed(rng_seed=rng):
             memories, output = drawn()
         seen = [jnp.ravel(traced[name]["value"]) for name in self.observed]

@@ -149,10 +149,9 @@ def _observation(model: DesignModel, u, unravel, size: int):
         met = _AtMean()
         with handlers.block(), met:
             model.observe(unravel(jnp.asarray(state)), u)
-        return tuple(
-            np.concatenate([np.ravel(np.asarray(site[i], float)) for site in met.seen])
-            for i in (0, 1)
-        )
+        means = [np.ravel(np.asarray(mean, float)) for mean, _, _ in met.seen]
+        variances = [np.ravel(np.asarray(variance, float)) for _, variance, _ in met.seen]
+        return np.concatenate(means), np.concatenate(variances)
 
     offset, noise = seen(np.zeros(size))
     matrix = np.stack([seen(unit)[0] - offset for unit in np.eye(size)], axis=1)
