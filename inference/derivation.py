@@ -51,12 +51,12 @@ def derive(model: DesignModel, inputs: Mapping[str, Array] | None = None) -> Exa
         )
     with jax.enable_x64(True):
         exact = draft(model, inputs)
-        check_against_model(exact)
+        check_steps(exact.proof, exact.partition, exact.examples, jax.random.key(0))
         return exact
 
 
 def draft(model: DesignModel, inputs: Mapping[str, Array] | None = None) -> ExactFilter:
-    """Derive a filter without comparing its coefficients with plain evaluations."""
+    """Derive a filter without comparing its matrices with plain evaluations."""
     with jax.enable_x64(True):
         examples = _examples(model, inputs)
         proof = prove(model, {name: array[0] for name, array in examples.items()})
@@ -69,6 +69,7 @@ def draft(model: DesignModel, inputs: Mapping[str, Array] | None = None) -> Exac
                 f"{LARGEST_DENSE_MEMORY}: derive a narrower instance of the model, then "
                 "`widen` it to this one",
             )
+        check_example_sites(proof, examples)
         return ExactFilter.build(model, proof, _discover(proof, examples), examples)
 
 
@@ -89,18 +90,18 @@ def widen(exact: ExactFilter, model: DesignModel) -> ExactFilter:
     with jax.enable_x64(True):
         examples = _examples(model, None)
         proof = prove(model, {name: array[0] for name, array in examples.items()})
+        check_example_sites(proof, examples)
         partition = widen_partition(exact.partition, exact.proof, proof)
         wide = ExactFilter(model, proof, partition, exact.structure, examples)
-        check_against_model(wide)
+        check_steps(proof, partition, examples, jax.random.key(0))
         return wide
 
 
-def check_against_model(exact: ExactFilter) -> None:
-    """Compare a filter's coefficients with plain evaluations of its model, at its examples."""
-    for t in range(len(jax.tree.leaves(exact.examples)[0])):
-        u = {name: array[t] for name, array in exact.examples.items()}
-        check_sites(exact.proof, u, jax.random.key(t))
-    check_steps(exact.proof, exact.partition, exact.examples, jax.random.key(0))
+def check_example_sites(proof: Proof, examples: Mapping[str, Array]) -> None:
+    """Check every site's parameters and density at the examples."""
+    for t in range(len(jax.tree.leaves(examples)[0])):
+        u = {name: array[t] for name, array in examples.items()}
+        check_sites(proof, u, jax.random.key(t))
 
 
 def draw_inputs(model: DesignModel, rng: PRNGKeyArray, steps: int) -> dict[str, Array]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PRNGKeyArray
+from numpyro.distributions import constraints
 
 from .errors import NotLinearGaussian, NotSupported
 from .extraction import AffineMap, affine_map, draws_size, noise_response, step_coefficients
@@ -71,12 +72,16 @@ def _check_site(function: str, site: Site) -> float:
     base = innermost(site.distribution)
     for name, constraint in base.arg_constraints.items():
         parameter = base.__dict__.get(name)
-        if parameter is not None and not bool(jnp.all(constraint(parameter))):
+        if parameter is None or isinstance(constraint, type(constraints.dependent)):
+            continue
+        if not bool(jnp.all(constraint(parameter))):
             reason = f"its {name} is {_brief(parameter)}; it must be {constraint} and finite"
             raise NotLinearGaussian(function, site.name, reason, site.location)
     error, white, log_determinant = _whiten(site)
     if not np.all(np.isfinite(white)) or not np.isfinite(log_determinant):
-        reason = f"its noise is not positive and finite ({_parameters(base)})"
+        reason = (
+            f"its noise is not positive and finite ({type(base).__name__}: {_parameters(base)})"
+        )
         raise NotLinearGaussian(function, site.name, reason, site.location)
     claimed = -0.5 * (white @ white + error.size * np.log(2 * np.pi) + log_determinant)
     found = float(jnp.sum(site.distribution.log_prob(site.value)))

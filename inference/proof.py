@@ -30,6 +30,9 @@ from .errors import NotLinearGaussian, NotSupported
 from .tracing import innermost, run_with_values
 
 _AFFINE, _QUADRATIC = 1, 2
+_NEEDS_LATENT = (
+    "Python needs the value of a latent (an `if`, float() or NumPy call on the memory or a draw)"
+)
 
 
 @dataclass(frozen=True)
@@ -302,15 +305,20 @@ def _explain_python_control(
         raise
     except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
         location = locations.of_error(error)
-        try:
-            jax.eval_shape(lambda memory: run(memory, dict(u)), memory)
+        try:  # a batch of memories is symbolic where the inputs are numbers
+            batch = jax.tree.map(lambda leaf: jnp.zeros((2, *leaf.shape), float), memory)
+            jax.vmap(lambda memory: run(memory, dict(u)), axis_size=2)(batch)
         except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):
-            raise NotLinearGaussian(
-                function,
-                "",
-                "Python needs the value of a latent (an `if`, float() or NumPy call on the memory)",
-                location,
-            ) from error
+            raise NotLinearGaussian(function, "", _NEEDS_LATENT, location) from error
+        try:  # inputs are symbolic where the memory is a number: what is left is a latent draw
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, float), memory)
+            inputs = {name: jnp.stack([array, array]) for name, array in u.items()}
+            if inputs:
+                jax.vmap(lambda u: run(zeros, u))(inputs)
+        except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):
+            pass
+        else:
+            raise NotLinearGaussian(function, "", _NEEDS_LATENT, location) from error
         raise NotSupported(
             function,
             "",

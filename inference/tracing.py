@@ -21,6 +21,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array
 from numpyro import handlers
 from numpyro.distributions import constraints
+from numpyro.distributions.distribution import validation_enabled
 from numpyro.primitives import Messenger
 
 from . import locations
@@ -117,7 +118,9 @@ class _Watch(Messenger):
             msg["value"] = jnp.zeros(msg["kwargs"]["sample_shape"] + msg["fn"].shape(), float)
         if name in self.sites:
             self._refuse(name, "two sites of this function share one name")
-        self.sites[name] = Site(name, msg["fn"], msg["value"], observation, locations.here())
+        self.sites[name] = Site(
+            name, msg["fn"], jnp.asarray(msg["value"]), observation, locations.here()
+        )
 
     def _refuse(self, site: str, reason: str, kind: type = NotSupported) -> None:
         raise kind(self.function, site, reason, locations.here())
@@ -164,7 +167,8 @@ class _Watch(Messenger):
 def _run(function: str, call: Callable[..., Any], arguments: tuple, watch: _Watch) -> Any:
     given = jax.tree.map(lambda leaf: leaf, arguments)  # containers that are the call's own
     try:
-        with handlers.block(), handlers.seed(rng_seed=0), watch:
+        # Parameters are checked later, by site and value (`inference.evaluation`).
+        with validation_enabled(False), handlers.block(), handlers.seed(rng_seed=0), watch:
             returned = call(*given)
     except (NotLinearGaussian, jax.errors.JAXTypeError, jax.errors.JAXIndexError):
         raise

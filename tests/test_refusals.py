@@ -268,7 +268,7 @@ def sorted_memory(S, u):
     return numpyro.sample("S", dist.Normal(mean, 1.0).to_event(2))
 
 
-@refused("observe", "v", "index")
+@refused("observe", "v", "rounding")
 def memory_as_address(S, u):
     row = S[S.astype(int)[0, 0]]  # here
     numpyro.sample("v", dist.Normal(row, 1.0).to_event(1), obs=u["value"])
@@ -333,7 +333,7 @@ def scale_affine_in_memory(S, u):
     numpyro.sample("v", dist.Normal(0, 5 + S[0, 0]).expand([2]).to_event(1), obs=u["value"])  # here
 
 
-@refused("observe", "v", "scale_tril depends on the memory")
+@refused("observe", "v", "depends on the memory")
 def covariance_of_memory(S, u):
     covariance = S @ S.T + jnp.eye(2)
     noise = dist.MultivariateNormal(S @ u["key"], covariance)
@@ -402,7 +402,7 @@ def cholesky_not_triangular(S, u):
     numpyro.sample("v", noise, obs=u["value"])  # here
 
 
-@refused("observe", "v", "not positive and finite")
+@refused("observe", "v", "it must be")
 def cholesky_infinite(S, u):
     noise = dist.MultivariateNormal(S @ u["key"], scale_tril=jnp.inf * jnp.eye(2))
     numpyro.sample("v", noise, obs=u["value"])  # here
@@ -439,7 +439,7 @@ def mask_handler(S, u):
         numpyro.sample("v", dist.Normal(S @ u["key"], 1.0).to_event(1), obs=u["value"])  # here
 
 
-@refused("observe", "v_unobserved", "masks", NotSupported)
+@refused("observe", "v_observed", "masks", NotSupported)
 def mask_of_missing_values(S, u):
     with numpyro.plate("rows", 2):
         noise = dist.Normal(S @ u["key"], 1.0)
@@ -793,9 +793,8 @@ def observed_value_of_memory(S, u):
 
 @refused("observe", "v", "not finite", NotSupported)
 def observed_value_nan(S, u):
-    numpyro.sample(
-        "v", dist.Normal(S @ u["key"], 1.0).to_event(1), obs=jnp.full(2, jnp.nan)
-    )  # here
+    missing = jnp.full(2, jnp.nan)
+    numpyro.sample("v", dist.Normal(S @ u["key"], 1.0).to_event(1), obs=missing)  # here
 
 
 @refused("observe", "", "nothing is ever written", NotSupported)  # here
