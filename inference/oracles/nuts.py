@@ -112,7 +112,7 @@ def compare(
     checks = [
         Check(ORACLE, "R-hat", posterior.rhat, _LARGEST_RHAT, "ratio"),
         Check(ORACLE, "400 / effective draws", _SMALLEST_ESS / posterior.ess, 1.0, "ratio"),
-        Check(ORACLE, "divergences", posterior.divergences, 0, "count"),
+        Check(ORACLE, "divergences", float(posterior.divergences), 0.0, "count"),
     ]
     memory = whiten(posterior.memory, claimed.means[-1], claimed.covariances[-1])
     output = whiten(

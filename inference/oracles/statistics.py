@@ -12,7 +12,7 @@ FALSE_ALARM = 1e-3
 _SMALLEST_VARIANCE = 1e-12
 _MOST_DIRECTIONS = 24
 
-Draws = Float[np.ndarray, "*draws entry"]
+Draws = Float[np.ndarray, "..."]
 
 
 def whiten(
