@@ -15,16 +15,17 @@ from . import locations
 from .errors import NotSupported
 from .evaluation import check_sites, check_steps
 from .exact_filter import ExactFilter
-from .extraction import prior_belief, step_coefficients
-from .partition import Partition, discover, undivided
+from .extraction import prior_belief
+from .generic import generic_steps
+from .partition import Partition, discover, divide, undivided
 from .proof import Proof, prove, prove_prior
+from .structure import Structure, describe
 from .widening import widen_partition
 
 LARGEST_DENSE_MEMORY = 512
 """Structure is discovered from dense coefficients, for memories of up to this many entries."""
 
 _CHECKED_STEPS = 4
-_JITTER = 0.3
 
 
 def derive(model: DesignModel, inputs: Mapping[str, Array] | None = None) -> ExactFilter:
@@ -70,7 +71,8 @@ def draft(model: DesignModel, inputs: Mapping[str, Array] | None = None) -> Exac
                 "`widen` it to this one",
             )
         check_example_sites(proof, examples)
-        return ExactFilter.build(model, proof, _discover(proof, examples), examples)
+        partition, structure = _discover(proof, examples)
+        return ExactFilter(model, proof, partition, structure, examples)
 
 
 def widen(exact: ExactFilter, model: DesignModel) -> ExactFilter:
@@ -139,24 +141,24 @@ def _examples(model: DesignModel, inputs: Mapping[str, Array] | None) -> dict[st
     }
 
 
-def _discover(proof: Proof, examples: Mapping[str, Array]) -> Partition:
-    """Discover structure at the examples and at the same inputs, jittered."""
+def _discover(proof: Proof, examples: Mapping[str, Array]) -> tuple[Partition, Structure]:
+    """Discover the structure at the examples and at generic inputs around them."""
     size = sum(leaf.size for leaf in jax.tree.leaves(proof.memory))
     whole = undivided(
         size,
         sum(site.size for site in proof.transition.observed),
         sum(site.size for site in proof.observe.observed),
     )
-    step = jax.jit(jax.vmap(lambda u: step_coefficients(proof, whole, u)))(jittered(examples))
-    prior = prior_belief(proof, whole)
+    step, _ = generic_steps(proof, whole, examples)
+    prior = np.asarray(jax.jit(lambda: prior_belief(proof, whole))().covariance)
 
     def dense(array: Any) -> np.ndarray | None:
         return None if array is None else np.asarray(array)[:, 0]
 
     evidence, observation = step.evidence, step.observation
-    return discover(
+    partition = discover(
         {
-            "prior": np.asarray(prior.covariance),
+            "prior": prior,
             "transition": dense(step.transition),
             "drift": dense(step.drift),
             "evidence": dense(evidence and evidence.observation),
@@ -166,17 +168,4 @@ def _discover(proof: Proof, examples: Mapping[str, Array]) -> Partition:
             "noise": dense(observation and observation.noise),
         }
     )
-
-
-def jittered(examples: Mapping[str, Array]) -> dict[str, Array]:
-    """The examples followed by the same, every number multiplied by a random factor near 1."""
-
-    def jitter(array: Array, rng: Array) -> Array:
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            return array
-        return array * (1 + _JITTER * jax.random.uniform(rng, array.shape, minval=-1))
-
-    return {
-        name: jnp.concatenate([array, jitter(array, jax.random.key(index))])
-        for index, (name, array) in enumerate(sorted(examples.items()))
-    }
+    return partition, describe(proof.memory, partition, divide(step, partition), prior[0])

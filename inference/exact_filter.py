@@ -27,7 +27,7 @@ from .linear_gaussian import Belief, Observed, Step
 from .partition import Partition
 from .policies import advance_under
 from .proof import Proof
-from .structure import Structure, describe
+from .structure import Structure
 
 
 class Prediction(eqx.Module):
@@ -76,17 +76,6 @@ class ExactFilter:
     partition: Partition
     structure: Structure
     examples: Mapping[str, Array]
-
-    @classmethod
-    def build(
-        cls,
-        model: DesignModel,
-        proof: Proof,
-        partition: Partition,
-        examples: Mapping[str, Array],
-    ) -> "ExactFilter":
-        draft = cls(model, proof, partition, Structure.undetermined(), examples)
-        return cls(model, proof, partition, describe(draft), examples)
 
     # -- one step ----------------------------------------------------------------------------
 

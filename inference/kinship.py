@@ -60,6 +60,7 @@ def _signature(structure: Structure) -> tuple:
         structure.evidence > 0,
         min(structure.observations, 2),
         structure.shifted,
+        structure.evidence_sees_memory,
     )
 
 
@@ -70,6 +71,7 @@ def _distance(structure: Structure, other: Structure) -> int | None:
         and (structure.evidence > 0) == (other.evidence > 0)
         and structure.observations == other.observations
         and structure.shifted == other.shifted
+        and structure.evidence_sees_memory == other.evidence_sees_memory
     )
     gaps = [
         _GENERALITY[getattr(other, name)] - _GENERALITY[getattr(structure, name)]

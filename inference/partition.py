@@ -10,10 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
+
+from .linear_gaussian import Evidence, Observation, Step
 
 Index = Int[np.ndarray, "_ _ _"]
 """Positions, by block, row and column."""
@@ -21,7 +24,9 @@ Part = tuple[np.ndarray, np.ndarray, np.ndarray]
 """States, evidence and observations of one component."""
 
 TOLERANCE = 1e-10
-"""Entries and differences below this, relative to a coefficient's largest entry, count as zero."""
+"""Relative difference of two entries that counts as none."""
+ROUNDING = 1e-13
+"""Entries below this, relative to the largest of their matrix, count as zero."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,42 @@ def undivided(states: int, evidence: int, observed: int) -> Partition:
         return np.arange(count).reshape(1, 1, count) if count else None
 
     return Partition(np.arange(states).reshape(1, 1, states), all_of(evidence), all_of(observed))
+
+
+def divide(whole: Step, partition: Partition) -> Step:
+    """Coefficients of an undivided memory (draw, 1, ...) in the blocks of a partition."""
+    places: dict[str, Any] = {
+        "states": partition.states,
+        "evidence": partition.evidence,
+        "observed": partition.observed,
+    }
+
+    def matrix(array: Any, rows: str, columns: str) -> Array:
+        first, second = places[rows][:, 0], places[columns][:, 0]  # the rows of a block are alike
+        return jnp.asarray(np.asarray(array)[:, 0, first[..., :, None], second[..., None, :]])
+
+    def shift(array: Any, rows: str) -> Array:
+        return jnp.asarray(np.asarray(array)[:, 0, 0, places[rows]])
+
+    evidence, observation = whole.evidence, whole.observation
+    return Step(
+        matrix(whole.transition, "states", "states"),
+        shift(whole.shift, "states"),
+        matrix(whole.drift, "states", "states"),
+        evidence
+        and Evidence(
+            matrix(evidence.observation, "evidence", "states"),
+            shift(evidence.shift, "evidence"),
+            matrix(evidence.noise, "evidence", "evidence"),
+            matrix(evidence.cross, "states", "evidence"),
+        ),
+        observation
+        and Observation(
+            matrix(observation.observation, "observed", "states"),
+            shift(observation.shift, "observed"),
+            matrix(observation.noise, "observed", "observed"),
+        ),
+    )
 
 
 def discover(coefficients: Mapping[str, Any]) -> Partition:
@@ -123,18 +164,27 @@ def _components(coefficients, states: int, counts: dict[str, int]) -> np.ndarray
 
 
 def _nonzero(matrix: np.ndarray) -> np.ndarray:
-    scale = np.max(np.abs(matrix), axis=(-2, -1), keepdims=True, initial=0)
-    return np.any(np.abs(matrix) > TOLERANCE * np.maximum(scale, 1e-300), axis=0)
+    return np.any(np.abs(matrix) > ROUNDING * _scale(matrix), axis=0)
+
+
+def _scale(matrix: np.ndarray) -> np.ndarray:
+    return np.max(np.abs(matrix), axis=(-2, -1), keepdims=True, initial=0)
 
 
 def _alike(parts: list[Part], coefficients) -> list[list[Part]]:
     """Group components whose coefficients are equal in every draw, in order of appearance."""
     groups: list[list[Part]] = []
     examples: list[np.ndarray] = []
+    # In units of each matrix's largest entry: whatever units the memory is in, blocks are alike
+    # or not.
+    scaled = {
+        name: None if matrix is None else matrix / np.maximum(_scale(matrix), 1e-300)
+        for name, matrix in coefficients.items()
+    }
     for part in parts:
-        own = _coefficients_of(coefficients, *part)
+        own = _coefficients_of(scaled, *part)
         for group, example in zip(groups, examples, strict=True):
-            if np.all(np.abs(own - example) <= TOLERANCE * np.maximum(1, np.abs(example))):
+            if np.all(np.abs(own - example) <= TOLERANCE * np.abs(example) + ROUNDING):
                 group.append(part)
                 break
         else:

@@ -1,17 +1,14 @@
 """What kind of filter was derived, in words, and what it can be compiled to."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from .linear_gaussian import Step
-
-if TYPE_CHECKING:
-    from .exact_filter import ExactFilter
+from .partition import Partition
 
 Kind = Literal["shared rows", "separate rows", "scalar", "diagonal", "blocks", "dense"]
 MatrixKind = Literal["zero", "identity", "scalar", "diagonal", "dense"]
@@ -30,6 +27,7 @@ class Structure:
         evidence: numbers observed about the change, per row and step.
         observations: numbers observed about the memory, per row and step.
         shifted: whether means are shifted by the transition or the observation.
+        evidence_sees_memory: whether what is observed about the change depends on the memory too.
     """
 
     kind: Kind
@@ -39,10 +37,7 @@ class Structure:
     evidence: int
     observations: int
     shifted: bool
-
-    @classmethod
-    def undetermined(cls) -> "Structure":
-        return cls("dense", "", "dense", "dense", 0, 0, True)
+    evidence_sees_memory: bool = False
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -76,34 +71,51 @@ class Structure:
 
 
 _TOLERANCE = 1e-9
+_ROUNDING = 1e-13
 
 
-def describe(exact: "ExactFilter") -> Structure:
-    """Describe a derived filter from its coefficients at its examples."""
-    steps = jax.jit(jax.vmap(exact.coefficients))(dict(exact.examples))
-    partition = exact.partition
-    kind, words = _kind(exact)
+def describe(
+    memory: Any, partition: Partition, steps: Step, prior: Float[np.ndarray, "entry entry"]
+) -> Structure:
+    """Describe a derived filter.
+
+    Args:
+        memory: shapes of the memory, a pytree.
+        partition: its blocks.
+        steps: coefficients in these blocks at generic inputs.
+        prior: covariance of the flattened memory.
+    """
+    evidence = steps.evidence
+    spread = float(np.max(np.abs(prior)))
+    kind, words = _kind(memory, partition)
     return Structure(
         kind,
         words,
         matrix_kind(steps.transition),
-        matrix_kind(steps.drift),
+        # A deviation is zero beside that of the prior, a variance beside its square.
+        matrix_kind(steps.drift, zero=_ROUNDING**2 * (spread or 1.0)),
         0 if partition.evidence is None else partition.evidence.shape[-1],
         0 if partition.observed is None else partition.observed.shape[-1],
-        _shifted(steps),
+        _shifted(steps, spread),
+        evidence is not None and bool(np.any(np.abs(evidence.observation) > _ROUNDING)),
     )
 
 
-def matrix_kind(matrices: Array) -> MatrixKind:
-    """Kind of a stack of square matrices: the most special one that all of them have."""
+def matrix_kind(matrices: Array, zero: float = _ROUNDING) -> MatrixKind:
+    """Kind of a stack of square matrices: the most special one that all of them have.
+
+    Args:
+        matrices: the stack.
+        zero: largest entry of a matrix that counts as zero.
+    """
     stack = np.asarray(matrices)
     identity = np.eye(stack.shape[-1])
-    scale = max(1.0, float(np.max(np.abs(stack), initial=0)))
+    scale = np.max(np.abs(stack), axis=(-2, -1), keepdims=True, initial=0)
 
     def close(other: np.ndarray) -> bool:
-        return bool(np.max(np.abs(stack - other), initial=0) <= _TOLERANCE * scale)
+        return bool(np.all(np.abs(stack - other) <= _TOLERANCE * scale))
 
-    if close(np.zeros_like(stack)):
+    if np.all(scale <= zero):
         return "zero"
     if close(identity):
         return "identity"
@@ -112,17 +124,17 @@ def matrix_kind(matrices: Array) -> MatrixKind:
     return "diagonal" if close(stack * identity) else "dense"
 
 
-def _shifted(steps: Step) -> bool:
-    parts = [steps.shift]
+def _shifted(steps: Step, spread: float) -> bool:
+    """Whether a mean moves by more than rounding, beside the deviation of what it is a mean of."""
+    parts = [(steps.shift, spread)]
     for given in (steps.evidence, steps.observation):
         if given is not None:
-            parts.append(given.shift)
-    return any(bool(jnp.any(jnp.abs(part) > _TOLERANCE)) for part in parts)
+            parts.append((given.shift, np.max(np.abs(given.noise))))
+    return any(np.max(np.abs(part)) > _ROUNDING * np.sqrt(scale) for part, scale in parts)
 
 
-def _kind(exact: "ExactFilter") -> tuple[Kind, str]:
-    partition = exact.partition
-    leaves = jax.tree.leaves(exact.proof.memory)
+def _kind(memory: Any, partition: Partition) -> tuple[Kind, str]:
+    leaves = jax.tree.leaves(memory)
     size = partition.states.size
     matrix = leaves[0].shape if len(leaves) == 1 and leaves[0].ndim == 2 else None
     if matrix is None and len(leaves) == 1 and leaves[0].ndim == 1:
