@@ -1,6 +1,6 @@
 """Check a recurrence that was derived by hand against the exact filter of its design model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from .oracles import nuts
 
 STEPS = 6
 SEQUENCES = 3
+SCALES = (0.1, 10.0, 100.0)
 TOLERANCE = 1e-6
 """Largest departure, in posterior standard deviations, that counts as exact."""
 
@@ -81,17 +82,19 @@ def check_update(exact: ExactFilter, update: Update, *, seed: int = 0) -> Update
         ModelError: the update raises, or returns something else than a mean and a covariance.
     """
     with jax.enable_x64(True):
-        worst = 0.0
-        for sequence in range(SEQUENCES):
-            rng = jax.random.key(seed + sequence)
-            inputs = exact.model.draw_inputs(rng, STEPS)
-            true = exact.run(inputs)
+        worst, count = 0.0, 0
+        run = jax.jit(exact.run)
+        for inputs in _sequences(exact, seed):
+            true = run(inputs)
+            if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(true)):
+                continue  # scaled beyond where the model means anything
+            count += 1
             prior = exact.initial()
             mean = exact.memory(prior.mean)
             covariance = exact.shown_covariance(prior.covariance)
             for t in range(STEPS):
                 u = {name: array[t] for name, array in inputs.items()}
-                mean, covariance = _call(exact, update, mean, covariance, u)
+                mean, covariance = _call(exact, update, mean, covariance, u, t)
                 departures = _departures(exact, true, t, mean, covariance)
                 worst = max(worst, *departures.values())
                 quantity = max(departures, key=lambda name: departures[name])
@@ -102,12 +105,36 @@ def check_update(exact: ExactFilter, update: Update, *, seed: int = 0) -> Update
                     own = (mean, covariance)
                     errors = _standard_errors(exact, head, true, t, own, quantity, seed)
                     return UpdateVerdict(
-                        False, worst, t + 1, quantity, departures[quantity], *errors
+                        False, worst, t + 1, quantity, departures[quantity], *errors, STEPS, count
                     )
-        return UpdateVerdict(True, worst)
+        return UpdateVerdict(True, worst, sequences=count)
 
 
-def _call(exact: ExactFilter, update: Update, mean, covariance, u) -> tuple[Any, Array]:
+def _sequences(exact: ExactFilter, seed: int) -> Iterator[dict[str, Array]]:
+    """Inputs as the model draws them; then one input at a time scaled, where that is its domain.
+
+    What enters only as an observed value may be anything. Other inputs are scaled where the model
+    draws the defaults: its own `inputs` say which values are meant.
+    """
+    for sequence in range(SEQUENCES):
+        yield exact.model.draw_inputs(jax.random.key(seed + sequence), STEPS)
+    plain = exact.model.draw_inputs(jax.random.key(seed + SEQUENCES), STEPS)
+    coefficients = jax.jit(jax.vmap(exact.coefficients))
+    before = jax.tree.leaves(coefficients(plain))
+    for name, array in plain.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            continue
+        for factor in SCALES:
+            scaled = plain | {name: factor * array}
+            if name == "decay":
+                scaled[name] = jnp.minimum(scaled[name], 1.0)
+            after = jax.tree.leaves(coefficients(scaled))
+            only_seen = all(bool(jnp.all(a == b)) for a, b in zip(before, after, strict=True))
+            if only_seen or exact.model.inputs is None:
+                yield scaled
+
+
+def _call(exact: ExactFilter, update: Update, mean, covariance, u, t: int) -> tuple[Any, Array]:
     name = getattr(update, "__name__", "update")
     try:
         result = update(mean, covariance, u)
@@ -116,7 +143,7 @@ def _call(exact: ExactFilter, update: Update, mean, covariance, u) -> tuple[Any,
         raise ModelError(
             f"`{name}` raised {type(error).__name__}: {reason} ({locations.of_error(error)})."
         ) from error
-    if not isinstance(result, tuple) or len(result) != 2:
+    if not isinstance(result, tuple | list) or len(result) != 2:
         raise ModelError(
             f"`{name}` returned {type(result).__name__}; return the pair (mean, covariance)."
         )
@@ -129,12 +156,21 @@ def _call(exact: ExactFilter, update: Update, mean, covariance, u) -> tuple[Any,
     wanted = [leaf.shape for leaf in jax.tree.leaves(mean)]
     found = [leaf.shape for leaf in jax.tree.leaves(new_mean)]
     if jax.tree.structure(new_mean) != jax.tree.structure(mean) or wanted != found:
-        raise ModelError(f"`{name}` returned a mean of shape {found}; the memory is {wanted}.")
+        raise ModelError(
+            f"`{name}` returned a mean of shapes {found} in {jax.tree.structure(new_mean)}; the "
+            f"memory is {wanted} in {jax.tree.structure(mean)}."
+        )
     if new_covariance.shape != covariance.shape:
         raise ModelError(
             f"`{name}` returned a covariance of shape {new_covariance.shape}; this filter's is "
             f"{covariance.shape} ({exact.structure.words})"
         )
+    for part, arrays in (("mean", jax.tree.leaves(new_mean)), ("covariance", [new_covariance])):
+        if not all(bool(jnp.all(jnp.isfinite(array))) for array in arrays):
+            raise ModelError(
+                f"`{name}` returned a {part} with NaN or infinite entries at step {t + 1}; look "
+                "for a division by zero or the root of a negative number."
+            )
     return new_mean, new_covariance
 
 

@@ -1,9 +1,11 @@
 """The `mbd` command."""
 
 import argparse
-import json
 import os
+import shlex
 import sys
+import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,13 +27,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of libraries; ours are errors and say what to do
-            return _run(request)
+            code = _run(request)
+            sys.stdout.flush()
+            return code
     except KeyboardInterrupt:
         print("mbd: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return HELD
+        return 141  # as a shell reports it; nothing is known to hold
 
 
 def _run(request: argparse.Namespace) -> int:
@@ -43,14 +47,36 @@ def _run(request: argparse.Namespace) -> int:
     try:
         record_file = _record_file(request)
         code, record = request.command(request)
+        if record_file is not None:
+            _write(record_file, record)
     except ModelError as error:
-        if request.debug:
-            raise
-        print(f"mbd {request.name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return WRONG_REQUEST
-    if record_file is not None:
-        record_file.write_text(json.dumps(record, indent=2, allow_nan=True) + "\n")
+        return _wrong_request(request, error, str(error))
+    except (BrokenPipeError, KeyboardInterrupt):
+        raise
+    except (Exception, SystemExit) as error:  # of the user's own functions
+        from .user_files import raised
+
+        message = f"{raised(error)} `--debug` shows the traceback."
+        return _wrong_request(request, error, f"a function of the model {message}")
     return code
+
+
+def _wrong_request(request: argparse.Namespace, error: BaseException, message: str) -> int:
+    if request.debug:
+        traceback.print_exception(error)
+    print(f"mbd {request.name}: {' '.join(message.split())}", file=sys.stderr)
+    return WRONG_REQUEST
+
+
+def _write(path: Path, record: Any) -> None:
+    from design_models import ModelError
+
+    from .records import write_json
+
+    try:
+        write_json(path, record)
+    except OSError as error:
+        raise ModelError(f"`--json` is {path}: {error.strerror}; name another file.") from error
 
 
 def _record_file(request: argparse.Namespace) -> Path | None:
@@ -61,6 +87,13 @@ def _record_file(request: argparse.Namespace) -> Path | None:
     path = Path(request.json)
     if path.is_dir() or not path.parent.is_dir():
         raise ModelError(f"`--json` is {path}; name a file in a folder that exists.")
+    is_new = not path.exists()
+    try:
+        path.open("a").close()  # found out before the work rather than after it
+    except OSError as error:
+        raise ModelError(f"`--json` is {path}: {error.strerror}; name another file.") from error
+    if is_new:
+        path.unlink()
     return path
 
 
@@ -80,7 +113,8 @@ def _parser() -> argparse.ArgumentParser:
         "verify",
         _verify,
         "derive the exact filter of design models, and verify it against three oracles",
-        "mbd verify bayesian_layer, mbd verify my_memory.py:model --update my_memory.py:my_update",
+        "mbd verify bayesian_layer\n"
+        "         mbd verify my_memory.py:model --update my_memory.py:my_update",
     )
     verify.add_argument(
         "subjects",
@@ -129,7 +163,13 @@ def _parser() -> argparse.ArgumentParser:
 def _command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], Any], does: str, example: str
 ) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=does, description=does, epilog=f"example: {example}")
+    command = commands.add_parser(
+        name,
+        help=does,
+        description=does,
+        epilog=f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     command.add_argument("--json", metavar="FILE", help="also write a machine-readable result")
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     command.set_defaults(command=run, name=name)
@@ -180,12 +220,12 @@ def _verify(request: argparse.Namespace) -> tuple[int, Any]:
     from design_models import CATALOGUE, ModelError
 
     from .reports import print_outcome
-    from .user_files import load_function, load_subject
+    from .user_files import load_subject, load_update
     from .verification import verify_subject
 
-    names = request.subjects or list(CATALOGUE)
+    names = list(dict.fromkeys(request.subjects)) or list(CATALOGUE)
     subjects = [load_subject(name) for name in names]
-    update = None if request.update is None else load_function(request.update)
+    update = None if request.update is None else load_update(request.update)
     if update is not None and len(subjects) != 1:
         raise ModelError("`--update` checks one model; name one, as in my_memory.py:model.")
     if len(subjects) > 1 and all(name in CATALOGUE for name in names):
@@ -203,7 +243,7 @@ def _verify(request: argparse.Namespace) -> tuple[int, Any]:
                 outcomes[-1] = _check_update(request, certificate, outcome, update)
     code = HELD if all(outcome.holds for outcome in outcomes) else FAILED
     records = [outcome.record for outcome in outcomes]
-    return code, records[0] if len(request.subjects) == 1 else records
+    return code, records[0] if len(names) == 1 else records
 
 
 def _check_update(request: argparse.Namespace, certificate: Any, outcome: Any, update: Any) -> Any:
@@ -256,7 +296,8 @@ def _new(request: argparse.Namespace) -> tuple[int, Any]:
     from .new_model import write_new_model
 
     write_new_model(request.file)
-    _console().print(f"wrote {request.file}; verify it: mbd verify {request.file}:model")
+    name = shlex.quote(str(request.file))
+    print(f"wrote {request.file}; verify it: mbd verify {name}:model")
     return HELD, {"file": str(request.file)}
 
 
@@ -264,30 +305,40 @@ def _recall(request: argparse.Namespace) -> tuple[int, Any]:
     from dataclasses import asdict
 
     from .mqar import read_batch, shipped_batch
+    from .records import record
     from .reports import recall_table
     from .untrained import NOISE_RATIO, run
 
+    start = time.perf_counter()
     path = request.file or shipped_batch()
     batch = read_batch(path)
     with _Status(f"recalling {path.name}") as status:
         scores = run(batch, request.widths, seed=request.seed, progress=status.stage)
     console = _console()
     rows, writes = batch.keys.shape
-    console.print(
+    print(
         f"{path.name}: {rows} rows, {writes} writes and {batch.queries.shape[1]} queries each, "
         f"{len(batch.candidates)} candidate values"
     )
     console.print(recall_table(scores))
-    return HELD, {
+    config = {
         "file": path.name,
         "rows": rows,
         "writes": writes,
         "queries": batch.queries.shape[1],
         "candidates": len(batch.candidates),
+        "widths": request.widths,
         "noise_ratio": NOISE_RATIO,
-        "seed": request.seed,
-        "scores": [asdict(score) for score in scores],
     }
+    words = [] if request.file is None else [str(request.file)]
+    words += ["--widths", *map(str, request.widths), "--seed", str(request.seed)]
+    return HELD, record(
+        config,
+        [asdict(score) for score in scores],
+        command=shlex.join(["mbd", "recall", *words]),
+        seed=request.seed,
+        seconds=time.perf_counter() - start,
+    )
 
 
 class _Status:

@@ -1,5 +1,6 @@
 """The design model that `mbd new` writes: one to start from, which verifies as it stands."""
 
+import shlex
 from pathlib import Path
 
 from design_models import ModelError
@@ -72,4 +73,7 @@ def write_new_model(path: Path) -> None:
         raise ModelError(f"{path} is there already; choose another name, nothing was changed.")
     if not path.parent.is_dir():
         raise ModelError(f"there is no folder {path.parent}; make it first.")
-    path.write_text(TEMPLATE.format(file=path.name))
+    try:
+        path.write_text(TEMPLATE.format(file=shlex.quote(path.name)), encoding="utf-8")
+    except OSError as error:
+        raise ModelError(f"{path} cannot be written: {error.strerror}; choose another.") from error

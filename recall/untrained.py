@@ -91,10 +91,11 @@ def _score(
     directions = rng.normal(size=(2, tokens, width))
     directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
     key_vectors, value_vectors = jnp.asarray(directions[0]), jnp.asarray(directions[1])
+    candidates = jnp.asarray(batch.candidates)
 
     @jax.jit
     def recall(row):
-        keys, values, queries = row
+        keys, values, queries, answers = row
         count = len(keys)
         inputs = {
             "key": key_vectors[keys],
@@ -104,14 +105,13 @@ def _score(
         }
         belief = exact.absorb(inputs, contender.policy(variance))
         read = partial(exact.read, belief)
-        return jax.lax.map(lambda query: read({"query": query}), key_vectors[queries])
+        found = jax.lax.map(lambda query: read({"query": query}), key_vectors[queries])
+        # Values have length 1, so the nearest has the largest inner product.
+        nearest = candidates[jnp.argmax(found.mean @ value_vectors[candidates].T, axis=-1)]
+        error = jnp.sum((found.mean - value_vectors[answers]) ** 2, axis=-1)
+        predicted = jnp.sum(found.variance, axis=-1)
+        return jnp.mean(nearest == answers), jnp.mean(error), jnp.mean(predicted)
 
-    rows = tuple(jnp.asarray(part) for part in (batch.keys, batch.values, batch.queries))
-    prediction = jax.lax.map(recall, rows)
-    truth = value_vectors[batch.answers]
-    candidates = value_vectors[batch.candidates]
-    nearest = jnp.argmax(prediction.mean @ candidates.T, axis=-1)
-    right = batch.candidates[np.asarray(nearest)] == batch.answers
-    error = jnp.mean(jnp.sum((prediction.mean - truth) ** 2, axis=-1))
-    predicted = jnp.mean(jnp.sum(prediction.variance, axis=-1))
-    return RecallScore(contender.name, width, float(right.mean()), float(error), float(predicted))
+    parts = (batch.keys, batch.values, batch.queries, batch.answers)
+    scores = jax.lax.map(recall, tuple(jnp.asarray(part) for part in parts))
+    return RecallScore(contender.name, width, *(float(jnp.mean(score)) for score in scores))

@@ -1,8 +1,11 @@
 """Load what a user names: a catalogue entry, or an object in a Python file of theirs."""
 
 import difflib
+import hashlib
 import importlib.util
+import inspect
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +15,15 @@ from typing import Any
 from design_models import DesignModel, ModelError, Recurrence, from_scan, recurrence
 from design_models.policy import Exact, Policy
 from inference import locations
+
+_FORMS = {
+    "transition": ("memory", "u"),
+    "observe": ("memory", "u"),
+    "readout": ("memory", "u"),
+    "inputs": ("rng", "steps"),
+    "prior": (),
+}
+"""What each function of a design model takes."""
 
 
 @dataclass(frozen=True)
@@ -43,37 +55,75 @@ def load_subject(request: str) -> Subject:
     if isinstance(found, Recurrence):
         return Subject(found.name, found.model(), found.policy)
     if isinstance(found, DesignModel):
+        for name, taken in _FORMS.items():
+            if getattr(found, name) is not None:
+                _check_takes(f"`{name}` of {request}", getattr(found, name), taken)
         return Subject(request, found, Exact())
     if isinstance(found, Callable) and not isinstance(found, type):
         return Subject(request, _whole_model(request, found), Exact())
     raise ModelError(
-        f"{request} is a {type(found).__name__}; it must be a DesignModel, a catalogue entry, or a "
-        "function that is a whole NumPyro model."
+        f"{request} is of type {type(found).__name__}; it must be a DesignModel, "
+        "a catalogue entry, or a function that is a whole NumPyro model."
     )
 
 
 def _whole_model(request: str, function: Callable[..., Any]) -> DesignModel:
+    _check_has_inputs(request, function)
     try:
         return from_scan(function)
     except ModelError as error:
         raise ModelError(f"{request}, taken for a whole NumPyro model: {error}") from error
     except Exception as error:
-        reason = " ".join(str(error).split())
+        raise ModelError(f"{request}, taken for a whole NumPyro model, {raised(error)}") from error
+
+
+def _check_has_inputs(request: str, function: Callable[..., Any]) -> None:
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return
+    if not parameters:
         raise ModelError(
-            f"{request}, taken for a whole NumPyro model, raised {type(error).__name__}: {reason} "
-            f"({locations.of_error(error)})."
-        ) from error
+            f"{request}, taken for a whole NumPyro model, takes nothing; it must take the inputs "
+            "of its scan, as one dict or by name."
+        )
 
 
-def load_function(request: str) -> Callable[..., Any]:
-    """Load FILE.py:FUNCTION.
+def raised(error: BaseException) -> str:
+    """Say in one line what was raised, and where in the user's code."""
+    place = locations.of_error(error)
+    where = f" ({place})" if place else ""
+    if isinstance(error, SystemExit):
+        return f"called sys.exit({error.code!r}){where}; return instead."
+    reason = " ".join(str(error).split())
+    return f"raised {type(error).__name__}{f': {reason}' if reason else ''}{where}."
+
+
+def _check_takes(what: str, function: Callable[..., Any], names: tuple[str, ...]) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a builtin, which tells nothing
+        return
+    try:
+        signature.bind(*names)
+    except TypeError:
+        place = locations.of_definition(function)
+        raise ModelError(
+            f"{what} takes {signature}; it must take ({', '.join(names)})"
+            f"{f' ({place})' if place else ''}."
+        ) from None
+
+
+def load_update(request: str) -> Callable[..., Any]:
+    """Load FILE.py:FUNCTION, an update(mean, covariance, u).
 
     Raises:
-        ModelError: nothing callable is there.
+        ModelError: no function that takes these is there.
     """
     found = load_object(request)
     if not callable(found):
-        raise ModelError(f"{request} is a {type(found).__name__}; it must be a function.")
+        raise ModelError(f"{request} is of type {type(found).__name__}; it must be a function.")
+    _check_takes(request, found, ("mean", "covariance", "u"))
     return found
 
 
@@ -86,7 +136,8 @@ def load_object(request: str) -> Any:
     file, _, name = request.rpartition(":") if not request.endswith(".py") else (request, "", "")
     path = Path(file)
     if not path.is_file():
-        raise ModelError(f"there is no file {path}; check the path, or start one with `mbd new`.")
+        found = f"{path} is a folder" if path.is_dir() else f"there is no file {path}"
+        raise ModelError(f"{found}; check the path, or start a file with `mbd new`.")
     module = _run_file(path)
     models = [key for key, value in vars(module).items() if isinstance(value, DesignModel)]
     if not name:
@@ -102,21 +153,46 @@ def load_object(request: str) -> Any:
 
 
 def _run_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"user_file_{path.stem}", path.resolve())
+    path = path.resolve()
+    content = path.read_bytes()
+    mark = hashlib.sha256(bytes(path) + b"\0" + content).hexdigest()[:16]
+    name = f"user_file_{mark}"
+    if name in sys.modules:  # a model and its update in one file: it runs once
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ModelError(f"{path} cannot be read as a Python file; its name must end in .py.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    sys.path.insert(0, str(path.resolve().parent))
+    if str(path.parent) not in sys.path:  # it stays: functions may import siblings when they run
+        sys.path.insert(0, str(path.parent))
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
-        raise ModelError(f"{path}:{error.lineno} is not valid Python: {error.msg}.") from error
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(
-            f"{path} raised {type(error).__name__}: {reason} ({locations.of_error(error)})."
+        line = f":{error.lineno}" if error.lineno else ""
+        raise _broken(
+            name, f"{error.filename or path}{line} is not valid Python: {error.msg}; correct it."
         ) from error
-    finally:
-        sys.path.pop(0)
+    except ModelError as error:
+        raise _broken(name, f"{path}{_line_in(path, error)}: {error}") from error
+    except (Exception, SystemExit) as error:
+        remedy = ""
+        if isinstance(error, ImportError):
+            remedy = " Import a file beside it by its plain name, as in `from sibling import x`."
+        raise _broken(name, f"{path} {raised(error)}{remedy}") from error
     return module
+
+
+def _broken(name: str, message: str) -> ModelError:
+    del sys.modules[name]
+    return ModelError(message)
+
+
+def _line_in(path: Path, error: BaseException) -> str:
+    """The innermost line of a file that an error passed through, as ":12"."""
+    lines = [
+        line
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if frame.f_code.co_filename == str(path)
+    ]
+    return f":{lines[-1]}" if lines else ""

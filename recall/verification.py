@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import queue
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class Outcome:
         return bool(self.record["holds"])
 
     @property
-    def refused(self) -> dict[str, str] | None:
+    def refused(self) -> dict[str, Any] | None:
         return self.record.get("refused")
 
 
@@ -47,12 +48,19 @@ def verify_subject(
             "site": refusal.site,
             "reason": refusal.reason,
             "location": refusal.location,
+            **_file_and_line(refusal.location),
             "kind": type(refusal).__name__,
         }
         return Outcome(
             subject.name, {"name": subject.name, "holds": False, "refused": refused}
         ), None
     return Outcome(subject.name, certificate.record()), certificate
+
+
+def _file_and_line(location: str) -> dict[str, Any]:
+    """Take "path:12 (function)" apart."""
+    found = re.match(r"(.*):(\d+)", location)
+    return {"file": found[1] if found else None, "line": int(found[2]) if found else None}
 
 
 def verify_catalogue(
