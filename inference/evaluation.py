@@ -22,7 +22,7 @@ from .extraction import AffineMap, affine_map, draws_size, noise_response, step_
 from .linear_gaussian import Step
 from .partition import Partition
 from .proof import Proof, ProvedFunction
-from .tracing import Site, innermost, moments, run_with_values
+from .tracing import EARLIER_CALL, Site, innermost, moments, run_with_values
 
 TOLERANCE = 1e-6
 """Largest relative disagreement between evaluation and claim; float64 rounding stays below 1e-9."""
@@ -51,11 +51,22 @@ def check_sites(proof: Proof, u: Mapping[str, Array], rng: PRNGKeyArray) -> floa
         }
         argument = memory if function.takes_memory else None
         _, sites = run_with_values(function.name, function.call, (argument, u), values)
+        drawn = {name for name, site in sites.items() if not site.deterministic}
+        if drawn != set(values):
+            raise NotSupported(
+                function.name,
+                "",
+                f"samples {sorted(drawn)}, which the proof met as {sorted(values)}; a site's name "
+                "must be the same for every input and call",
+            )
         for site in sites.values():
-            if site.deterministic:
-                _check_weight(function.name, site)
-            else:
-                worst = max(worst, _check_site(function.name, site))
+            try:
+                if site.deterministic:
+                    _check_weight(function.name, site)
+                else:
+                    worst = max(worst, _check_site(function.name, site))
+            except jax.errors.UnexpectedTracerError as error:
+                raise NotSupported(function.name, site.name, EARLIER_CALL, site.location) from error
     return worst
 
 

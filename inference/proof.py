@@ -15,7 +15,7 @@ and rounding.
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -58,6 +58,7 @@ class ProvedFunction:
     call: Callable[..., Any]
     takes_memory: bool
     sites: tuple[ProvedSite, ...]
+    names: tuple[tuple[str, str], ...]  # of all sites, fixed ones too, with their locations
     result: Any  # shapes of what it returns
 
     @property
@@ -92,8 +93,11 @@ def prove(model: DesignModel, u: Mapping[str, Array]) -> Proof:
     memory = prior.result
     transition = _prove_function("transition", model.transition, memory, u)
     _check_returned_memory(transition, memory, _definition(model.transition))
-    observe = _prove_function("observe", model.observe, memory, u)
-    readout = _prove_function("readout", model.read, memory, u, model.readout)
+    observe = _prove_function("observe", _observing(model), memory, u, model.observe)
+    readout = _prove_function("readout", model.read, memory, u, model.readout or model.read)
+    if not jax.tree.leaves(readout.result):
+        reason = f"returns {readout.result}; return the output, one or more arrays"
+        raise NotSupported("readout", "", reason, _definition(model.readout or model.read))
     _check_names(transition, observe, readout)
     if prior.observed or readout.observed:
         where = prior if prior.observed else readout
@@ -121,7 +125,18 @@ def prove_prior(model: DesignModel) -> ProvedFunction:
     """
     prior = _prove_function("prior", lambda memory, u: model.prior(), None, {}, model.prior)
     _check_memory(prior.result, _definition(model.prior))
-    return prior
+    # A memory that is narrower at first is not so later, and then rounding it is no identity.
+    memory = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, float), prior.result)
+    return replace(prior, result=memory)
+
+
+def _observing(model: DesignModel) -> Callable[..., None]:
+    """`observe` without what it returns, which a sequence ignores."""
+
+    def observe(memory: Any, u: Mapping[str, Array]) -> None:
+        model.observe(memory, u)
+
+    return observe
 
 
 def _definition(function: Callable[..., Any]) -> str:
@@ -133,6 +148,9 @@ def _check_memory(memory: Any, location: str) -> None:
     if not leaves or any(not jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
         found = memory if not leaves else [leaf.dtype.name for leaf in leaves]
         reason = f"returns {found}; it must return the memory, arrays of real numbers"
+        raise NotSupported("prior", "", reason, location)
+    if not any(leaf.size for leaf in leaves):
+        reason = f"returns a memory of shape {[leaf.shape for leaf in leaves]}, with no entries"
         raise NotSupported("prior", "", reason, location)
 
 
@@ -148,20 +166,25 @@ def _check_returned_memory(transition: ProvedFunction, memory: Any, location: st
             "return the next memory, shaped like the last",
             location,
         )
+    types = [leaf.dtype for leaf in jax.tree.leaves(transition.result)]
+    if any(not jnp.issubdtype(dtype, jnp.floating) for dtype in types):
+        found = [dtype.name for dtype in types]
+        reason = f"returns {found}; it must return the next memory, arrays of real numbers"
+        raise NotSupported("transition", "", reason, location)
 
 
 def _check_names(*functions: ProvedFunction) -> None:
     owners: dict[str, str] = {}
     for function in functions:
-        for site in function.sites:
-            if site.name in owners:
+        for name, location in function.names:
+            if name in owners:
                 raise NotSupported(
                     function.name,
-                    site.name,
-                    f"shares its name with a site of `{owners[site.name]}`, in the same step",
-                    site.location,
+                    name,
+                    f"shares its name with a site of `{owners[name]}`, in the same step",
+                    location,
                 )
-            owners[site.name] = function.name
+            owners[name] = function.name
 
 
 def _prove_function(
@@ -175,9 +198,10 @@ def _prove_function(
     whole = _definition(source)
     found: dict[str, ProvedSite] = {}
     places: dict[str, str] = {}
+    names: dict[str, str] = {}
 
     def declare(memory: Any, u: Mapping[str, Array]) -> Any:
-        returned, sites = run_with_values(name, call, (memory, u), {})
+        returned, sites = run_with_values(name, call, (memory, u), {}, names)
         for site in sites.values():
             if not site.deterministic:
                 found[site.name] = ProvedSite(
@@ -236,7 +260,7 @@ def _prove_function(
         reason = "what it returns is not affine in the memory"
         _refuse_above(name, "", degree, _AFFINE, reason, whole)
     takes_memory = memory is not None
-    return ProvedFunction(name, call, takes_memory, sites, result)
+    return ProvedFunction(name, call, takes_memory, sites, tuple(names.items()), result)
 
 
 def _refuse_above(

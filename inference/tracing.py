@@ -29,6 +29,10 @@ from .errors import NotLinearGaussian, NotSupported
 
 LARGEST_DENSE_SITE = 1024
 """Largest site, in entries, whose covariance may be a dense matrix."""
+EARLIER_CALL = (
+    "reads what an earlier call left in Python (a list, a global); a step depends on its "
+    "arguments alone"
+)
 
 
 @dataclass(frozen=True)
@@ -93,10 +97,15 @@ class _Watch(Messenger):
         self.function = function
         self.value_of = value_of
         self.sites: dict[str, Site] = {}
+        self.names: dict[str, str] = {}
         super().__init__(None)
 
     def process_message(self, msg: dict[str, Any]) -> None:
         kind, name = msg["type"], str(msg.get("name") or "")
+        if kind in ("deterministic", "sample"):
+            if name in self.names:
+                self._refuse(name, "two sites of this function share one name")
+            self.names[name] = locations.here()
         if kind in ("plate", "deterministic", "info"):
             if kind == "plate" and msg["args"][1] not in (None, msg["args"][0]):
                 self._refuse(name, "a subsampled plate re-weights the model; use the whole plate")
@@ -116,8 +125,6 @@ class _Watch(Messenger):
             msg["value"] = value
         if msg["value"] is None:
             msg["value"] = jnp.zeros(msg["kwargs"]["sample_shape"] + msg["fn"].shape(), float)
-        if name in self.sites:
-            self._refuse(name, "two sites of this function share one name")
         self.sites[name] = Site(
             name, msg["fn"], jnp.asarray(msg["value"]), observation, locations.here()
         )
@@ -158,6 +165,8 @@ class _Watch(Messenger):
                 f"a {type(base).__name__} of {math.prod(shape)} entries; above "
                 f"{LARGEST_DENSE_SITE} only Normal sites are handled",
             )
+        if msg["is_observed"] and not isinstance(msg["value"], jax.typing.ArrayLike):
+            self._refuse(name, f"obs is a {type(msg['value']).__name__}; pass an array")
         if msg["is_observed"] and jnp.shape(msg["value"]) != shape:
             self._refuse(
                 name, f"obs has shape {jnp.shape(msg['value'])}, but the site has shape {shape}"
@@ -170,9 +179,11 @@ def _run(function: str, call: Callable[..., Any], arguments: tuple, watch: _Watc
         # Parameters are checked later, by site and value (`inference.evaluation`).
         with validation_enabled(False), handlers.block(), handlers.seed(rng_seed=0), watch:
             returned = call(*given)
+    except jax.errors.UnexpectedTracerError as error:
+        raise NotSupported(function, "", EARLIER_CALL, locations.of_error(error)) from error
     except (NotLinearGaussian, jax.errors.JAXTypeError, jax.errors.JAXIndexError):
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split())
         raise NotSupported(
             function, "", f"raised {type(error).__name__}: {reason}", locations.of_error(error)
@@ -190,11 +201,20 @@ def _run(function: str, call: Callable[..., Any], arguments: tuple, watch: _Watc
 
 
 def run_with_values(
-    function: str, call: Callable[..., Any], arguments: tuple, values: Mapping[str, Array]
+    function: str,
+    call: Callable[..., Any],
+    arguments: tuple,
+    values: Mapping[str, Array],
+    names: dict[str, str] | None = None,
 ) -> tuple[Any, dict[str, Site]]:
-    """Run `call(*arguments)` with each site at its value in `values`."""
+    """Run `call(*arguments)` with each site at its value in `values`.
+
+    Into `names` go the names of all sites, deterministic ones too, with their locations.
+    """
     watch = _Watch(function, lambda name, distribution: values.get(name))
     returned = _run(function, call, arguments, watch)
+    if names is not None:
+        names.update(watch.names)
     return returned, watch.sites
 
 

@@ -725,6 +725,38 @@ def memory_smuggled_in_a_global(S, u):
     numpyro.sample("v", dist.Normal(HELD["memory"] @ u["key"], 1.0).to_event(1), obs=u["value"])
 
 
+PAST: list[Any] = []
+
+
+@refused("transition", "S", "earlier call", NotSupported)
+def memory_of_an_earlier_call(S, u):
+    PAST.append(S)
+    return numpyro.sample("S", dist.Normal(PAST[-2:][0], 1.0).to_event(2))  # here
+
+
+@refused("transition", "", "name must be the same", NotSupported)
+def name_made_of_an_input(S, u):
+    return numpyro.sample(f"S at {u['decay']}", dist.Normal(S, 1.0).to_event(2))
+
+
+@refused("observe", "S", "shares its name", NotSupported)
+def fixed_site_named_as_in_transition(S, u):
+    numpyro.deterministic("S", S)  # here
+    linear_reading(S, u)
+
+
+@refused("observe", "v", "share one name", NotSupported)
+def fixed_site_named_as_another(S, u):
+    numpyro.deterministic("v", S)
+    numpyro.sample("v", dist.Normal(S @ u["key"], 1.0).to_event(1), obs=u["value"])  # here
+
+
+@refused("observe", "", "raised AssertionError", NotSupported)
+def plate_as_large_as_an_input(S, u):
+    with numpyro.plate("rows", u["slot"]):  # here
+        linear_reading(S, u)
+
+
 # NumPyro beyond sample sites.
 
 
@@ -810,6 +842,11 @@ def matrices_that_do_not_match(S, u):
     numpyro.sample("v", dist.Normal(mean, 1.0).to_event(1), obs=u["value"])
 
 
+@refused("observe", "v", "obs is a list", NotSupported)
+def observed_list(S, u):
+    numpyro.sample("v", dist.Normal(S @ u["key"], 1.0).to_event(1), obs=[0.3, -1.0])  # here
+
+
 @refused("observe", "v", "obs has shape", NotSupported)
 def observation_too_wide(S, u):
     numpyro.sample("v", dist.Normal(S @ u["key"], 1.0).to_event(1), obs=jnp.ones(3))  # here
@@ -865,6 +902,32 @@ def prior_returns_integers():
     return jnp.zeros((2, 2), int)
 
 
+@refused("prior", "", "no entries", NotSupported)  # here
+def prior_returns_no_entries():
+    return jnp.zeros((0, 2))
+
+
+@refused("transition", "", "real numbers", NotSupported)  # here
+def returns_integers(S, u):
+    return jnp.ones((2, 2), int)  # which a later `S.at[0].set(0.5)` would round
+
+
+@refused(
+    "transition",
+    "S",
+    "rounding",
+    prior=lambda: jnp.ones((2, 2), jnp.float32),
+)
+def rounding_to_the_type_of_the_prior(S, u):
+    mean = S.astype(jnp.float32)  # here
+    return numpyro.sample("S", dist.Normal(mean, 1.0).to_event(2))
+
+
+@refused("readout", "", "return the output", NotSupported)  # here
+def readout_of_no_arrays(S, u):
+    return ()
+
+
 @refused("prior", "", "real numbers", NotSupported)  # here
 def prior_returns_complex():
     return normal_prior() + 1j
@@ -895,6 +958,12 @@ TABLE = np.array([[1.0, 0.3], [0.3, 2.0]])  # jnp, before float64 is on, would m
 @accepted("observe")
 def base(S, u):
     linear_reading(S, u)
+
+
+@accepted("observe")
+def what_observe_returns_is_ignored(S, u):
+    linear_reading(S, u)
+    return jnp.tanh(S), "read"
 
 
 @accepted("observe")
