@@ -1,1 +1,1 @@
-"""Compiled sequence layers."""
+"""Compiled sequence layers: filters of design models as scans, kernels and Equinox modules."""

@@ -1,0 +1,204 @@
+r"""Time cut into chunks, and decay within a chunk.
+
+Within a chunk, α_t = Π a up to and including token t (from the chunk's start), and every quantity
+needs ratios α_t/α_s for s ≤ t alone. They are formed from differences of sums of log decays, each
+at most 0, so no decay is too strong: nothing is divided by α. One decay per key needs a ratio per
+(t, s, key); blocks of 16 tokens are multiplied out, and pairs of blocks factor through the first
+token of the later block, whose two factors are at most 1.
+
+Documents start within chunks. A pair of tokens of two documents has weight 0; so has a token with
+the state that entered the chunk, once a document has started.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from .precision import exact_product
+
+CHUNK, BLOCK = 64, 16
+
+Rows = Float[Array, "chunk row"]
+Pairs = Float[Array, "chunk chunk"]
+
+
+class Decay(eqx.Module):
+    """Decay within one chunk.
+
+    Args:
+        log: log α_t, (chunk, 1), or (chunk, key); None where nothing decays.
+        document: how many documents have started up to and including each token; None where none
+            ever does.
+    """
+
+    log: Float[Array, "chunk width"] | None
+    document: Int[Array, " chunk"] | None
+
+    @property
+    def per_key(self) -> bool:
+        return self.log is not None and self.log.shape[-1] > 1
+
+
+def within_chunk(
+    log_decay: Float[Array, "chunk width"] | None, starts: Bool[Array, " chunk"] | None
+) -> Decay:
+    """Cumulate a chunk's log decays and document starts.
+
+    A start's own decay acts on the prior, not on what the chunk holds, so it counts as 0 here.
+    """
+    if starts is not None and log_decay is not None:
+        log_decay = jnp.where(starts[:, None], 0, log_decay)
+    log = None if log_decay is None else jnp.cumsum(log_decay, axis=0)
+    return Decay(log, None if starts is None else jnp.cumsum(starts.astype(jnp.int32)))
+
+
+def same_document(decay: Decay) -> Bool[Array, "chunk chunk"] | None:
+    """Whether two tokens of a chunk belong to one document."""
+    if decay.document is None:
+        return None
+    return decay.document[:, None] == decay.document[None, :]
+
+
+def ratios(decay: Decay, chunk: int) -> Pairs:
+    """α_t/α_s for s ≤ t of one document, else 0; of a decay that all keys share."""
+    allowed = jnp.tril(jnp.ones((chunk, chunk), bool))
+    same = same_document(decay)
+    if same is not None:
+        allowed = allowed & same
+    if decay.log is None:
+        return allowed.astype(float)
+    log = decay.log[:, 0]
+    difference = jnp.where(allowed, log[:, None] - log[None, :], -jnp.inf)
+    return jnp.exp(difference)
+
+
+def decayed_products(left: Rows, right: Rows, decay: Decay) -> Pairs:
+    r"""$\sum_j l_{tj} r_{sj} \alpha_{tj}/\alpha_{sj}$ for s ≤ t, else 0."""
+    chunk = left.shape[0]
+    if not decay.per_key:
+        weights = ratios(decay, chunk).astype(left.dtype)
+        return exact_product(left, right.T) * weights
+    inside, before, after = _block_ratios(decay)
+    blocks = len(inside)
+    left, right = _blocks(left), _blocks(right)
+    diagonal = jnp.sum(left[:, :, None] * right[:, None] * inside, axis=-1)
+    # Row block i reads column block j < i through the first token of i: before[i, j] ≤ 1.
+    columns = (right[None] * before).reshape(blocks, chunk, -1)
+    across = exact_product(left * after, columns.mT).reshape(blocks, BLOCK, blocks, BLOCK)
+    return _masked(_assemble(diagonal, across), decay)
+
+
+def decayed_sums(weights: Pairs, rows: Rows, decay: Decay) -> Rows:
+    r"""$\sum_{s \le t} w_{ts}\, r_{sj}\, \alpha_{tj}/\alpha_{sj}$, for lower-triangular weights."""
+    chunk = rows.shape[0]
+    if not decay.per_key:
+        return exact_product(weights * ratios(decay, chunk).astype(rows.dtype), rows)
+    weights = _masked(weights, decay)
+    inside, before, after = _block_ratios(decay)
+    blocks = len(inside)
+    tiles = weights.reshape(blocks, BLOCK, blocks, BLOCK).transpose(0, 2, 1, 3)
+    own = tiles[jnp.arange(blocks), jnp.arange(blocks)]
+    rows = _blocks(rows)
+    diagonal = jnp.sum(own[..., None] * rows[:, None] * inside, axis=2)
+    below = jnp.tril(jnp.ones((blocks, blocks), rows.dtype), -1)[:, :, None, None]
+    left = (tiles * below).transpose(0, 2, 1, 3).reshape(blocks, BLOCK, chunk)
+    right = (rows[None] * before).reshape(blocks, chunk, -1)
+    return (diagonal + after * exact_product(left, right)).reshape(chunk, -1)
+
+
+def _blocks(rows: Rows) -> Float[Array, "block token row"]:
+    return rows.reshape(-1, BLOCK, rows.shape[-1])
+
+
+def _block_ratios(decay: Decay):
+    """Ratios inside blocks; from a token to a later block's first; from that to its tokens."""
+    assert decay.log is not None
+    log = _blocks(decay.log)
+    causal = jnp.tril(jnp.ones((BLOCK, BLOCK), bool))[None, :, :, None]
+    inside = jnp.exp(jnp.where(causal, log[:, :, None] - log[:, None, :], -jnp.inf))
+    first = log[:, 0]
+    below = jnp.tril(jnp.ones((len(log), len(log)), bool), -1)[:, :, None, None]
+    before = jnp.exp(jnp.where(below, first[:, None, None] - log[None], -jnp.inf))
+    return inside, before, jnp.exp(log - first[:, None])
+
+
+def _assemble(diagonal: Array, across: Array) -> Pairs:
+    """Tiles (block, token, block, token) with their diagonal tiles given apart."""
+    blocks = len(diagonal)
+    own = jnp.eye(blocks, dtype=bool)[:, None, :, None]
+    tiles = jnp.where(own, diagonal[:, :, None, :], across)
+    return tiles.reshape(blocks * BLOCK, blocks * BLOCK)
+
+
+def _masked(pairs: Pairs, decay: Decay) -> Pairs:
+    same = same_document(decay)
+    return pairs if same is None else jnp.where(same, pairs, 0)
+
+
+def from_start(rows: Rows, decay: Decay) -> Rows:
+    """Rows times α_t: what each token sees of the state that entered the chunk."""
+    if decay.log is not None:
+        rows = rows * jnp.exp(decay.log)
+    if decay.document is not None:
+        rows = jnp.where(decay.document[:, None] == 0, rows, 0)
+    return rows
+
+
+def to_end(rows: Rows, decay: Decay) -> Rows:
+    """Rows times α_C/α_t: what is left of each token at the chunk's end."""
+    if decay.log is not None:
+        rows = rows * jnp.exp(decay.log[-1:] - decay.log)
+    if decay.document is not None:
+        rows = jnp.where(decay.document[:, None] == decay.document[-1], rows, 0)
+    return rows
+
+
+def whole(decay: Decay, like: Array) -> Float[Array, " width"]:
+    """α_C, or 0 where a document has started: what is left of the entering state."""
+    kept = jnp.ones((1,), like.dtype) if decay.log is None else jnp.exp(decay.log[-1])
+    if decay.document is not None:
+        kept = jnp.where(decay.document[-1] == 0, kept, 0)
+    return kept
+
+
+def accumulated(
+    drift: Float[Array, "chunk other_width"], decay: Decay
+) -> Float[Array, "chunk broad"]:
+    r"""Variance that drift has added since the chunk's start, $c_t = a_t^2 c_{t-1} + q_t$."""
+    if not decay.per_key:
+        squared = ratios(decay, len(drift)).astype(drift.dtype) ** 2
+        return exact_product(squared, drift)
+    assert decay.log is not None
+    steps = jnp.diff(decay.log, axis=0, prepend=0)
+    kept = jnp.exp(2 * steps)
+    if decay.document is not None:
+        begins = jnp.diff(decay.document, prepend=0) > 0
+        kept = jnp.where(begins[:, None], 0, kept)
+    drift = jnp.broadcast_to(drift, kept.shape)
+
+    def combine(earlier, later):
+        return later[0] * earlier[0], later[0] * earlier[1] + later[1]
+
+    return jax.lax.associative_scan(combine, (kept, drift))[1]
+
+
+def chunk_length(time: int) -> int:
+    """Tokens per chunk: 64, or fewer for a short sequence; a power of two."""
+    length = BLOCK
+    while length < min(time, CHUNK):
+        length *= 2
+    return length
+
+
+def cut(array: Array, length: int, filler: float | bool = 0) -> Array:
+    """(time, ...) as (chunk, token, ...), padded with `filler`."""
+    time = array.shape[0]
+    padding = [(0, -time % length)] + [(0, 0)] * (array.ndim - 1)
+    padded = jnp.pad(array, padding, constant_values=filler)
+    return padded.reshape(-1, length, *array.shape[1:])
+
+
+def join(array: Array, time: int) -> Array:
+    """The inverse of `cut`."""
+    return array.reshape(-1, *array.shape[2:])[:time]
