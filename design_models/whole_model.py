@@ -43,9 +43,9 @@ class _SplitStep(Messenger):
         if msg["type"] != "sample":
             return
         if msg["name"] == self.memory_site:
-            msg["value"], msg["type"] = self.memory, "deterministic"
+            msg["value"], msg["type"], msg["stop"] = self.memory, "deterministic", True
         elif self.hide and msg["is_observed"]:
-            msg["type"] = "deterministic"
+            msg["type"], msg["stop"] = "deterministic", True  # the other half holds the site
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "sample":
