@@ -21,10 +21,10 @@ Algorithm = Literal["token", "chunked", "parallel"]
 
 
 def initial_belief(
-    rule: Rule, value_width: int, key_width: int, prior_variance: Float[Array, "*width"]
+    rule: Rule, value_width: int, key_width: int, prior_variance: Float[Array, "*width"] | float
 ) -> Belief:
     """The belief that a memory starts with: mean 0, and the prior variance as `rule` keeps it."""
-    variance = jnp.asarray(prior_variance)
+    variance = jnp.asarray(prior_variance, jnp.result_type(float))
     mean = jnp.zeros((value_width, key_width), variance.dtype)
     match rule:
         case Reset():
@@ -41,10 +41,10 @@ def initial_belief(
 
 def filter_scan(
     stream: Stream,
-    initial: Belief,
-    prior: Belief,
+    prior_variance: Float[Array, "*width"] | float = 1.0,
     rule: Rule = Exact(),
     *,
+    initial: Belief | None = None,
     algorithm: Algorithm = "chunked",
     dtype: MeanDtype = "float32",
 ) -> tuple[Belief, Reading]:
@@ -52,10 +52,11 @@ def filter_scan(
 
     Args:
         stream: what is written and read.
-        initial: belief before the first token.
-        prior: belief that later documents start from (`stream.starts`): mean 0 and a diagonal
-            covariance, as `initial_belief` gives it. `Forget` fades towards it.
+        prior_variance: of every entry, or one per key, of a memory of mean 0 from which documents
+            start, and towards which `Forget` fades.
         rule: what is done to the covariance.
+        initial: belief before the first token, as an earlier call returned it; the prior where
+            left out.
         algorithm: "token" is the definition, one `lax.scan` step a token; "chunked" makes matrix
             products of 64 tokens at a time; "parallel" also combines the chunks in a tree, for
             few heads and long sequences on a wide device.
@@ -66,10 +67,18 @@ def filter_scan(
         rounding, with gradients for every array.
 
     Raises:
-        ValueError: widths disagree.
+        ValueError: widths disagree, or the rule does not take several observations a token.
     """
+    prior = initial_belief(rule, stream.value.shape[-1], stream.key.shape[-1], prior_variance)
+    initial = prior if initial is None else initial
     check_widths(stream, initial)
     count = stream.observations
+    if count > 1 and isinstance(rule, Diagonal | Isotropic):
+        raise ValueError(
+            f"`rule` is {rule}, which takes one observation a token; this stream has {count}."
+        )
+    if isinstance(rule, Restored) and jnp.ndim(rule.restoration) == 1:
+        rule = Restored(jnp.repeat(rule.restoration, count), rule.variance)
     stream = _cast(one_by_one(stream), state_dtype(*_floats(stream, initial)))
     initial, prior = (_cast(belief, stream.key.dtype) for belief in (initial, prior))
     if algorithm == "token" or stream.length == 0:
