@@ -7,7 +7,8 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -54,11 +55,30 @@ def _run(request: argparse.Namespace) -> int:
     except (BrokenPipeError, KeyboardInterrupt):
         raise
     except (Exception, SystemExit) as error:  # of the user's own functions
-        from .user_files import raised
-
-        message = f"{raised(error)} `--debug` shows the traceback."
-        return _wrong_request(request, error, f"a function of the model {message}")
+        return _wrong_request(request, error, _raised(error))
     return code
+
+
+def _raised(error: BaseException) -> str:
+    from .user_files import raised
+
+    return f"a function of the model {raised(error)} `--debug` shows the traceback."
+
+
+@contextmanager
+def _naming(name: str, names: Sequence[str]) -> Iterator[None]:
+    """Of several subjects, say which one an error is about."""
+    from design_models import ModelError
+
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (Exception, SystemExit) as error:
+        if len(names) == 1:
+            raise
+        message = str(error) if isinstance(error, ModelError) else _raised(error)
+        raise ModelError(f"{name}: {message}") from error
 
 
 def _wrong_request(request: argparse.Namespace, error: BaseException, message: str) -> int:
@@ -233,7 +253,7 @@ def _verify(request: argparse.Namespace) -> tuple[int, Any]:
     else:
         console, outcomes = _console(), []
         for subject in subjects:
-            with _Status(f"verifying {subject.name}") as status:
+            with _Status(f"verifying {subject.name}") as status, _naming(subject.name, names):
                 outcome, certificate = verify_subject(
                     subject, seed=request.seed, progress=status.stage
                 )
@@ -256,10 +276,22 @@ def _check_update(request: argparse.Namespace, certificate: Any, outcome: Any, u
 
     with _Status(f"checking {request.update}"):
         verdict = check_update(certificate.exact_filter, update, seed=request.seed)
-    print_update(_console(), request.update, verdict)
+    compared = f"the exact filter of {outcome.name}"
+    policy = outcome.record["policy"]["name"]
+    if policy != "exact":
+        compared = (
+            f"the exact filter of the design model of {outcome.name}, not with {outcome.name} "
+            f"itself, which is its reduction by {policy}"
+        )
+    print_update(_console(), request.update, verdict, compared)
     record = outcome.record | {
         "holds": outcome.holds and verdict.exact,
-        "update_check": {"function": request.update, **asdict(verdict), "words": verdict.words},
+        "update_check": {
+            "function": request.update,
+            "compared_with": compared,
+            **asdict(verdict),
+            "words": verdict.words,
+        },
     }
     return Outcome(outcome.name, record)
 

@@ -11,7 +11,7 @@ from rich.text import Text
 from design_models import CATALOGUE
 from inference.update_check import UpdateVerdict
 
-from .untrained import RecallScore
+from .untrained import NOISE_RATIO, RecallScore
 from .verification import ORACLES, Outcome, worst_check
 
 
@@ -118,10 +118,11 @@ def _summary(outcome: Outcome) -> list[str | Text]:
     return cells
 
 
-def print_update(console: Console, name: str, verdict: UpdateVerdict) -> None:
-    """Print whether a hand-derived update is the exact filter."""
+def print_update(console: Console, name: str, verdict: UpdateVerdict, compared: str) -> None:
+    """Print whether a hand-derived update is the exact filter, and with what it was compared."""
     style = "bold green" if verdict.exact else "bold red"
     console.print(Text(f"{name}: {verdict.words}", style), soft_wrap=True)
+    console.print(Text(f"Compared with {compared}."), soft_wrap=True)
 
 
 def catalogue_table() -> Table:
@@ -142,10 +143,10 @@ def catalogue_table() -> Table:
 
 
 def recall_table(scores: Sequence[RecallScore]) -> Group:
-    """Accuracy, error and predicted error, filter by filter, against width."""
+    """Accuracy, squared error and predicted variance, filter by filter, against width."""
     table = Table(title="recall without training", title_justify="left")
     table.add_column("filter")
-    for heading in ("width", "accuracy", "squared error", "predicted by the filter"):
+    for heading in ("width", "accuracy", "squared error", "predicted variance"):
         table.add_column(heading, justify="right")
     previous = ""
     for score in scores:
@@ -154,12 +155,17 @@ def recall_table(scores: Sequence[RecallScore]) -> Group:
             str(score.width),
             f"{score.accuracy:.3f}",
             f"{score.squared_error:.4f}",
-            f"{score.predicted:.4f}",
+            f"{score.predicted_variance:.4f}",
         )
         previous = score.filter
     note = Text(
-        "Values have length 1. The filters assume values that are linear in keys, which holds as "
-        "long as keys are fewer than the width.",
+        "Squared error: of the read-out, from the value last written with the key, which has "
+        "length 1. Predicted variance: of the read-out by the filter's own belief, without "
+        "observation noise, summed over its entries. The two are not the same quantity, and the "
+        "prediction holds under the filter's own assumptions alone: noise of "
+        f"{NOISE_RATIO:g} of the prior variance, where the values written here have none, and, of "
+        "exact and reset, values that are linear in keys, which random ones are not once keys are "
+        "as many as the width.",
         style="dim",
     )
     return Group(table, note)

@@ -6,11 +6,12 @@ read, and the answer decoded to the nearest value. What limits recall is then th
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from design_models import DesignModel, associative_regression, increment_evidence
 from design_models.policy import Exact, Policy, Reset
@@ -20,7 +21,11 @@ from inference.exact_filter import ExactFilter
 from .mqar import RecallBatch
 
 NOISE_RATIO = 0.01
-"""Observation noise variance over prior variance: values are written almost without noise."""
+"""Observation noise variance over prior variance, as the filters assume it."""
+
+_ROWS_AT_ONCE = 64
+_PRODUCTS_AT_ONCE = 2**24
+"""Bound the memory that a large batch takes: read-outs kept, and their products with candidates."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +53,17 @@ class RecallScore:
         filter: its name.
         width: keys and values have this many entries.
         accuracy: part of the queries answered right.
-        squared_error: mean squared distance of read-out and value, which has length 1.
-        predicted: the squared error that the filter predicted, from its own variance.
+        squared_error: mean squared distance of the read-out from the value that was last written
+            with the key, which has length 1.
+        predicted_variance: mean variance of the read-out by the filter's own belief, without
+            observation noise, summed over entries.
     """
 
     filter: str
     width: int
     accuracy: float
     squared_error: float
-    predicted: float
+    predicted_variance: float
 
 
 def run(
@@ -66,52 +73,85 @@ def run(
     seed: int,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> list[RecallScore]:
-    """Score every contender at every width on a batch.
+    """Score every contender at every width on a batch; contender by contender.
 
-    The filters are derived from their design models at a small width, and widened.
+    The filters are derived from their design models at a small width, and widened. Contenders of
+    one design model share that work.
     """
-    scores = []
+    scores: dict[tuple[str, int], RecallScore] = {}
     with jax.enable_x64(True):
-        for contender in CONTENDERS:
-            narrow = derive(contender.design(3, 2))
-            for width in widths:
-                progress(f"{contender.name}, width {width}")
-                scores.append(_score(contender, narrow, batch, width, seed))
-    return scores
+        for design in dict.fromkeys(contender.design for contender in CONTENDERS):
+            contenders = [own for own in CONTENDERS if own.design is design]
+            progress(f"deriving {', '.join(own.name for own in contenders)}")
+            narrow = derive(design(3, 2))
+            for width in dict.fromkeys(widths):
+                progress(f"width {width} of {', '.join(own.name for own in contenders)}")
+                # With this variance the prior predicts values of length 1.
+                exact = widen(narrow, design(width, width, prior_variance=1 / width))
+                for own in contenders:
+                    scores[own.name, width] = _score(own, exact, batch, width, seed)
+    return [scores[own.name, width] for own in CONTENDERS for width in dict.fromkeys(widths)]
 
 
 def _score(
-    contender: Contender, narrow: ExactFilter, batch: RecallBatch, width: int, seed: int
+    contender: Contender, exact: ExactFilter, batch: RecallBatch, width: int, seed: int
 ) -> RecallScore:
-    variance = 1 / width  # so that the prior predicts values of length 1
-    model = contender.design(width, width, prior_variance=variance)
-    exact = widen(narrow, model)
-    rng = np.random.default_rng(seed)
-    tokens = int(max(part.max() for part in (batch.keys, batch.queries, batch.candidates))) + 1
-    directions = rng.normal(size=(2, tokens, width))
-    directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
-    key_vectors, value_vectors = jnp.asarray(directions[0]), jnp.asarray(directions[1])
-    candidates = jnp.asarray(batch.candidates)
+    key_vectors, value_vectors = directions(batch, width, seed)
+    read_rows = _reader(exact, contender.policy(1 / width), 1 / width)
+    right, error, variance = [], [], []
+    for start in range(0, len(batch.keys), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        means, variances = read_rows(
+            jnp.asarray(key_vectors[batch.keys[rows]]),
+            jnp.asarray(value_vectors[batch.values[rows]]),
+            jnp.asarray(key_vectors[batch.queries[rows]]),
+        )
+        means, answers = np.asarray(means), batch.answers[rows]
+        right.append(_nearest(means, value_vectors, batch.candidates) == answers)
+        error.append(np.sum((means - value_vectors[answers]) ** 2, axis=-1))
+        variance.append(np.asarray(variances))
+    metrics = (float(np.mean(np.concatenate(part))) for part in (right, error, variance))
+    return RecallScore(contender.name, width, *metrics)
 
-    @jax.jit
+
+def directions(
+    batch: RecallBatch, width: int, seed: int
+) -> tuple[Float[np.ndarray, "token width"], Float[np.ndarray, "token width"]]:
+    """Random unit vectors: what every token is as a key, and as a value."""
+    parts = (batch.keys, batch.values, batch.queries, batch.candidates)
+    tokens = int(max(part.max() for part in parts)) + 1
+    drawn = np.random.default_rng(seed).normal(size=(2, tokens, width))
+    drawn /= np.linalg.norm(drawn, axis=-1, keepdims=True)
+    return drawn[0], drawn[1]
+
+
+def _reader(exact: ExactFilter, policy: Policy, variance: float) -> Callable[..., Any]:
+    """Return (keys, values, queries) of some rows -> means and total variances of the read-outs."""
+
     def recall(row):
-        keys, values, queries, answers = row
-        count = len(keys)
+        keys, values, queries = row
         inputs = {
-            "key": key_vectors[keys],
-            "value": value_vectors[values],
-            "drift": jnp.full(count, variance),
-            "noise": jnp.full(count, NOISE_RATIO * variance),
+            "key": keys,
+            "value": values,
+            "drift": jnp.full(len(keys), variance),
+            "noise": jnp.full(len(keys), NOISE_RATIO * variance),
         }
-        belief = exact.absorb(inputs, contender.policy(variance))
-        read = partial(exact.read, belief)
-        found = jax.lax.map(lambda query: read({"query": query}), key_vectors[queries])
-        # Values have length 1, so the nearest has the largest inner product.
-        nearest = candidates[jnp.argmax(found.mean @ value_vectors[candidates].T, axis=-1)]
-        error = jnp.sum((found.mean - value_vectors[answers]) ** 2, axis=-1)
-        predicted = jnp.sum(found.variance, axis=-1)
-        return jnp.mean(nearest == answers), jnp.mean(error), jnp.mean(predicted)
+        belief = exact.absorb(inputs, policy)
+        # One query after another: read-outs in parallel would multiply the memory.
+        found = jax.lax.map(lambda query: exact.read(belief, {"query": query}), queries)
+        return found.mean, jnp.sum(found.variance, axis=-1)
 
-    parts = (batch.keys, batch.values, batch.queries, batch.answers)
-    scores = jax.lax.map(recall, tuple(jnp.asarray(part) for part in parts))
-    return RecallScore(contender.name, width, *(float(jnp.mean(score)) for score in scores))
+    return jax.jit(lambda *rows: jax.lax.map(recall, rows))
+
+
+def _nearest(
+    means: Float[np.ndarray, "row query width"],
+    value_vectors: Float[np.ndarray, "token width"],
+    candidates: Int[np.ndarray, " candidate"],
+) -> Int[np.ndarray, "row query"]:
+    """Decode to the nearest candidate: values have length 1, so to the largest inner product."""
+    among = value_vectors[candidates].T
+    flat = means.reshape(-1, means.shape[-1])
+    size = max(1, _PRODUCTS_AT_ONCE // len(candidates))
+    best = [np.argmax(flat[i : i + size] @ among, axis=-1) for i in range(0, len(flat), size)]
+    return candidates[np.concatenate(best)].reshape(means.shape[:2])
