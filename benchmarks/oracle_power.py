@@ -5,10 +5,6 @@ Faults are planted in the exact filter of every model in the catalogue and in ev
     python -m benchmarks.oracle_power
 """
 
-import json
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -16,12 +12,12 @@ from pathlib import Path
 
 import jax
 
-from inference.certificate import package_versions
 from inference.claim import claimant
 from inference.derivation import derive
 from inference.exact_filter import ExactFilter
 from inference.oracles.statistics import FALSE_ALARM
 from inference.verify import judge_reduction, set_scene
+from recall.records import record, write_json
 from tests.planted_faults import FAULTS, Bench, Case, catalogue_cases, failed, faults_of, faulty
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -115,24 +111,6 @@ def alarms(
     return counts
 
 
-def record(config: Config, result: Result, seconds: float) -> dict:
-    """The study as plain data."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
-
-    return {
-        "config": asdict(config),
-        "command": f"python -m benchmarks.oracle_power {' '.join(sys.argv[1:])}".strip(),
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "versions": package_versions(),
-        "device": f"{platform.machine()} CPU, {jax.devices()[0].device_kind}",
-        "seconds": round(seconds),
-        **asdict(result),
-    }
-
-
 def table(config: Config, result: Result) -> str:
     """The study as Markdown."""
     names = [fault.name for fault in FAULTS]
@@ -189,8 +167,14 @@ def main() -> None:
     config, start = Config(), time.perf_counter()
     result = run(config, lambda line: print(line, flush=True))
     RESULTS.mkdir(exist_ok=True)
-    data = record(config, result, time.perf_counter() - start)
-    (RESULTS / "oracle_power.json").write_text(json.dumps(data, indent=1) + "\n")
+    data = record(
+        asdict(config),
+        asdict(result),
+        command="python -m benchmarks.oracle_power",
+        seed=sorted({*config.power_seeds, *config.alarm_seeds, *config.nuts_alarm_seeds}),
+        seconds=time.perf_counter() - start,
+    )
+    write_json(RESULTS / "oracle_power.json", data)
     (RESULTS / "oracle_power.md").write_text(table(config, result))
 
 
