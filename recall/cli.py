@@ -44,12 +44,12 @@ def _run(request: argparse.Namespace) -> int:
 
     from design_models import ModelError
 
-    jax.config.update("jax_enable_x64", True)
     try:
-        record_file = _record_file(request)
-        code, record = request.command(request)
-        if record_file is not None:
-            _write(record_file, record)
+        with jax.enable_x64(True):
+            record_file = _record_file(request)
+            code, record = request.command(request)
+            if record_file is not None:
+                _write(record_file, record)
     except ModelError as error:
         return _wrong_request(request, error, str(error))
     except (BrokenPipeError, KeyboardInterrupt):

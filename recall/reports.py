@@ -165,7 +165,7 @@ def recall_table(scores: Sequence[RecallScore]) -> Group:
         "prediction holds under the filter's own assumptions alone: noise of "
         f"{NOISE_RATIO:g} of the prior variance, where the values written here have none, and, of "
         "exact and reset, values that are linear in keys, which random ones are not once keys are "
-        "as many as the width.",
+        "as many as the width, or written anew.",
         style="dim",
     )
     return Group(table, note)
