@@ -147,11 +147,6 @@ def degrees(fn: Callable[..., Any], latents: Any, *constants: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(shapes), proven)
 
 
-def _location(eqn: JaxprEqn) -> str:
-    frames = getattr(eqn.source_info.traceback, "frames", ())
-    return locations.of_frames((f.file_name, f.line_num, f.function_name) for f in frames)
-
-
 def _aval(atom: Any) -> Any:
     return atom.aval  # of a variable or a literal: type and shape
 
@@ -197,7 +192,7 @@ def _refuse(eqn: JaxprEqn, operands: _Values, reason: str) -> _Value:
     worst = _join(operands) if operands else _Value()
     if worst.degree in (0, NOT_POLYNOMIAL):
         return replace(worst, truth=None, bounded=False)
-    return _Value(NOT_POLYNOMIAL, reason=reason, location=_location(eqn))
+    return _Value(NOT_POLYNOMIAL, reason=reason, location=locations.of_equation(eqn))
 
 
 def _interpret(jaxpr: Jaxpr, operands: _Values) -> list[_Value]:
@@ -370,10 +365,9 @@ def _call(eqn: JaxprEqn, operands: _Values) -> list[_Value]:
     callee = eqn.params[CALLEES[eqn.primitive.name]]
     outputs = _interpret(callee, operands)
     # JAX traces a library function such as `where` once: its lines name whoever called it first.
-    source = (callee.debug_info.func_src_info or "").rpartition(" at ")[2]
-    if source and not locations.in_library(source):
+    if not locations.of_library(callee):
         return outputs
-    before, here = {(v.reason, v.location) for v in operands}, _location(eqn)
+    before, here = {(v.reason, v.location) for v in operands}, locations.of_equation(eqn)
     return [
         replace(v, location=here) if v.reason and (v.reason, v.location) not in before else v
         for v in outputs

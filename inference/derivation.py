@@ -16,10 +16,10 @@ from .errors import NotSupported
 from .evaluation import check_sites, check_steps
 from .exact_filter import ExactFilter
 from .extraction import prior_belief
-from .generic import generic_steps
+from .generic import generic_steps, open_steps
 from .partition import Partition, discover, divide, undivided
 from .proof import Proof, prove, prove_prior
-from .structure import Structure, describe
+from .structure import Structure, describe, with_choices, without_claims
 from .widening import widen_partition
 
 LARGEST_DENSE_MEMORY = 512
@@ -142,15 +142,20 @@ def _examples(model: DesignModel, inputs: Mapping[str, Array] | None) -> dict[st
 
 
 def _discover(proof: Proof, examples: Mapping[str, Array]) -> tuple[Partition, Structure]:
-    """Discover the structure at the examples and at generic inputs around them."""
+    """Discover the structure that every input shares."""
     size = sum(leaf.size for leaf in jax.tree.leaves(proof.memory))
     whole = undivided(
         size,
         sum(site.size for site in proof.transition.observed),
         sum(site.size for site in proof.observe.observed),
     )
-    step, _ = generic_steps(proof, whole, examples)
     prior = np.asarray(jax.jit(lambda: prior_belief(proof, whole))().covariance)
+
+    opened = open_steps(proof, whole, examples)
+    if opened is None:
+        step, _ = generic_steps(proof, whole, examples)
+        return whole, without_claims(describe(proof.memory, whole, step, prior[0]))
+    step, places = opened
 
     def dense(array: Any) -> np.ndarray | None:
         return None if array is None else np.asarray(array)[:, 0]
@@ -168,4 +173,5 @@ def _discover(proof: Proof, examples: Mapping[str, Array]) -> tuple[Partition, S
             "noise": dense(observation and observation.noise),
         }
     )
-    return partition, describe(proof.memory, partition, divide(step, partition), prior[0])
+    structure = describe(proof.memory, partition, divide(step, partition), prior[0])
+    return partition, with_choices(structure, places)

@@ -1,5 +1,6 @@
 """Generic inputs: what is true of a coefficient at all of them is taken for true at every input."""
 
+import zlib
 from collections.abc import Mapping
 
 import jax
@@ -7,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from .branches import CannotFollow, with_open_choices
 from .extraction import step_coefficients
 from .linear_gaussian import Step
 from .partition import Partition
 from .proof import Proof
 
 _JITTER = 0.3
+_FEWEST = 2
+"""Fewest draws from which structure is read."""
 
 
 def generic_steps(
@@ -25,12 +29,47 @@ def generic_steps(
     """
     inputs = jittered(examples)
     steps = jax.jit(jax.vmap(lambda u: step_coefficients(proof, partition, u)))(inputs)
-    kept = np.all(
-        [np.isfinite(leaf).reshape(len(leaf), -1).all(axis=1) for leaf in jax.tree.leaves(steps)],
-        axis=0,
-    )
+    kept = _finite(steps)
     kept[: len(jax.tree.leaves(examples)[0])] = True
     return jax.tree.map(lambda leaf: leaf[kept], (steps, inputs))
+
+
+def open_steps(
+    proof: Proof, partition: Partition, examples: Mapping[str, Array]
+) -> tuple[Step, tuple[str, ...]] | None:
+    """Coefficients at generic inputs with every choice of theirs left open, and where they choose.
+
+    What holds for these holds for every input (`inference.branches`). None where the choices
+    cannot be left open.
+    """
+
+    def real(name: str, array: Array) -> Array:
+        if jnp.issubdtype(array.dtype, jnp.inexact):
+            return array
+        rng = jax.random.key(zlib.crc32(name.encode()))
+        return array + jax.random.uniform(rng, array.shape, float, 0.2, 0.8)
+
+    inputs = {name: real(name, array) for name, array in jittered(examples).items()}
+    draws = len(jax.tree.leaves(inputs)[0])
+    try:
+        evaluate, places = with_open_choices(
+            lambda u: step_coefficients(proof, partition, u),
+            {name: array[0] for name, array in examples.items()},
+        )
+        rngs = jax.random.split(jax.random.key(1), draws)
+        steps = jax.jit(jax.vmap(evaluate))(inputs, rngs)
+    except CannotFollow:
+        return None
+    kept = _finite(steps)
+    if np.sum(kept) < _FEWEST:
+        return None
+    return jax.tree.map(lambda leaf: leaf[kept], steps), places
+
+
+def _finite(steps: Step) -> np.ndarray:
+    """Which draws have finite coefficients."""
+    leaves = jax.tree.leaves(steps)
+    return np.all([np.isfinite(leaf).reshape(len(leaf), -1).all(axis=1) for leaf in leaves], axis=0)
 
 
 def jittered(examples: Mapping[str, Array]) -> dict[str, Array]:

@@ -1,6 +1,6 @@
 """What kind of filter was derived, in words, and what it can be compiled to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -99,6 +99,22 @@ def describe(
         _shifted(steps, spread),
         evidence is not None and bool(np.any(np.abs(evidence.observation) > _ROUNDING)),
     )
+
+
+def with_choices(structure: Structure, places: tuple[str, ...]) -> Structure:
+    """Say in words where the inputs choose among cases, all of which have this structure."""
+    if not places:
+        return structure
+    known = [place for place in places if place]
+    where = f" (at {', '.join(known)})" if known else ""
+    words = f"{structure.words} This holds whatever the inputs choose{where}."
+    return replace(structure, words=words)
+
+
+def without_claims(structure: Structure) -> Structure:
+    """The structure of an undivided memory whose coefficients are not shown to have any."""
+    words = f"{structure.words} What the inputs choose is not followed, so no structure is claimed."
+    return replace(structure, words=words, transition="dense", drift="dense", shifted=True)
 
 
 def matrix_kind(matrices: Array, zero: float = _ROUNDING) -> MatrixKind:
