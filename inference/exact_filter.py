@@ -63,7 +63,7 @@ class Filtered(eqx.Module):
         return self.predictions.variance
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ExactFilter:
     """The exact Kalman filter derived from a design model.
 

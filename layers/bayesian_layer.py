@@ -1,0 +1,129 @@
+"""The Bayesian Layer as a sequence mixer, with its restoration dial."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+from . import links
+from .memory import StreamMemory
+from .mixer import SequenceMixer, Source
+from .precision import MeanDtype
+from .published import DRIFT_BIAS, SHORT_CONVOLUTION
+from .rules import Exact
+from .scans import Algorithm
+from .sources import GatedDecay, PerHead, Projected
+
+Rate = Literal["none", "scalar", "key"]
+
+
+def unit_interval(number: Array) -> Array:
+    """Clipped to [0, 1], with the derivative of the identity so that it can come back."""
+    return number + jax.lax.stop_gradient(jnp.clip(number, 0, 1) - number)
+
+
+def BayesianLayer(  # noqa: N802 (it makes a SequenceMixer, and is used as a class is)
+    d_model: int,
+    heads: int,
+    *,
+    key_width: int | None = None,
+    value_width: int | None = None,
+    key_heads: int | None = None,
+    decay: Rate = "scalar",
+    drift: Rate = "scalar",
+    restoration: float | None = None,
+    learn_restoration: bool = False,
+    algorithm: Algorithm = "chunked",
+    dtype: MeanDtype = "float32",
+    rng: PRNGKeyArray,
+) -> SequenceMixer:
+    r"""A sequence mixer whose every head is the exact filter of design model A.
+
+    $$ S_t = S_{t-1}\mathrm{diag}(a_t) + N(0, q_t),\quad v_t = S_t k_t + N(0, r_t),\quad S_0 \sim
+       N(0, 1) $$
+
+    Keys and queries are short-convolved, passed through SiLU and normalised; the gates are Gated
+    DeltaNet's: r = (1 − β)/β with β = σ(W x), kept above 1e-4, log a = −e^A softplus(W x + b).
+
+    Args:
+        d_model: width of the sequence.
+        heads: memories side by side.
+        key_width: of each head; d_model / heads where left out.
+        value_width: of each head; d_model / heads where left out.
+        key_heads: heads that have keys and queries of their own, shared by groups of value heads;
+            all where left out.
+        decay: of the memory: none, one number per token or one per key.
+        drift: variance added per token: likewise.
+        restoration: λ of every head, from 0 (the covariance is reset before each write: with
+            `drift="none"` a Gated DeltaNet) to 1; None for the exact filter without a dial.
+        learn_restoration: whether training moves λ, within [0, 1].
+        algorithm: how sequences are computed; the numbers are the same.
+        dtype: of the operands of products that carry values.
+        rng: for the initial parameters.
+
+    Returns:
+        A layer: `outputs, prediction = layer(x)`, x (time, d_model); `layer.init_state()` and
+        `layer.step(x_t, state)` decode.
+
+    Raises:
+        ValueError: an argument makes no sense.
+    """
+    for name, rate in (("decay", decay), ("drift", drift)):
+        if rate not in ("none", "scalar", "key"):
+            raise ValueError(f'`{name}` is {rate!r}; it must be "none", "scalar" or "key".')
+    if restoration is not None and not 0 <= restoration <= 1:
+        raise ValueError(f"`restoration` is {restoration}; it must lie between 0 and 1.")
+    if learn_restoration and restoration is None:
+        raise ValueError("`learn_restoration` needs a `restoration` to start from, 0 to 1.")
+    if (key_width is None or value_width is None) and d_model % heads:
+        raise ValueError(
+            f"`d_model` is {d_model}, no multiple of `heads`, {heads}; give `key_width` and "
+            "`value_width`."
+        )
+    if heads % (key_heads or heads):
+        raise ValueError(f"`heads` is {heads}; it must be a multiple of `key_heads`, {key_heads}.")
+    key_width, value_width = key_width or d_model // heads, value_width or d_model // heads
+    shapes: dict[Rate, tuple[int, ...]] = {"scalar": (), "key": (key_width,)}
+    groups = heads // (key_heads or heads)
+    rng_mixer, *rngs = jax.random.split(rng, 7)
+    convolved = {"taps": SHORT_CONVOLUTION}
+    sources: dict[str, Source] = {
+        "key": Projected(
+            d_model, heads, (key_width,), links.silu_unit, groups=groups, rng=rngs[0], **convolved
+        ),
+        "query": Projected(
+            d_model,
+            heads,
+            (key_width,),
+            links.scaled_silu_unit,
+            groups=groups,
+            rng=rngs[1],
+            **convolved,
+        ),
+        "value": Projected(d_model, heads, (value_width,), jax.nn.silu, rng=rngs[2], **convolved),
+        "noise": Projected(d_model, heads, (), links.bounded_noise, rng=rngs[3]),
+    }
+    widths: dict[str, tuple[int, ...]] = {"noise": ()}
+    if decay != "none":
+        rank = None if decay == "scalar" else value_width
+        sources["log_decay"] = GatedDecay(d_model, heads, shapes[decay], rank=rank, rng=rngs[4])
+        widths["log_decay"] = shapes[decay]
+    if drift != "none":
+        sources["drift"] = Projected(
+            d_model, heads, shapes[drift], links.drift, bias=DRIFT_BIAS, rng=rngs[5]
+        )
+        widths["drift"] = shapes[drift]
+    if restoration is not None:
+        dial = jnp.full((heads,), float(restoration))
+        sources["restoration"] = PerHead(dial, unit_interval, learned=learn_restoration)
+        widths["restoration"] = ()
+    memory = StreamMemory(
+        value_width,
+        key_width,
+        Exact(),
+        tuple(sorted(widths.items())),
+        algorithm=algorithm,
+        dtype=dtype,
+    )
+    return SequenceMixer(memory, d_model, heads, sources, name="BayesianLayer", rng=rng_mixer)

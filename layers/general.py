@@ -1,0 +1,157 @@
+r"""Any verified filter, token by token or parallel in time.
+
+Parallel in time, a token is the element (A, b, C, η, J): the memory after it given that before it,
+N(A s + b, C), and what it says about that before it, in information form. A change that is itself
+observed, z = H s + e with cov(w, e) = C, is first put as an observation of s and a change of which
+nothing is seen: F − C R⁻¹ H, Q − C R⁻¹ Cᵀ.
+
+Source: Särkkä & García-Fernández (2021), IEEE TAC 66(1), eqs. 10-17.
+"""
+
+from collections.abc import Mapping
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from design_models.policy import Policy
+from inference.exact_filter import ExactFilter, Prediction
+from inference.kalman import advance
+from inference.linear_gaussian import Belief, Observed, Step
+from inference.policies import advance_under
+
+from .scans import Algorithm
+
+
+def general_scan(
+    exact: ExactFilter,
+    policy: Policy,
+    inputs: Mapping[str, Array],
+    initial: Belief,
+    starts: Bool[Array, " time"] | None,
+    mask: Bool[Array, " time"] | None,
+    algorithm: Algorithm,
+) -> tuple[Belief, Prediction, Float[Array, " time"]]:
+    """Belief after the last token, every token's reading, and log evidence."""
+    inputs = dict(inputs)
+    steps = jax.vmap(exact.coefficients)(inputs)
+    observed = jax.vmap(exact.observed)(inputs)
+    prior = exact.initial()
+    time = jax.tree.leaves(inputs)[0].shape[0]
+    starts = jnp.zeros(time, bool) if starts is None else starts
+    mask = jnp.ones(time, bool) if mask is None else mask
+    starts = starts & mask
+
+    def pick(condition, first, second):
+        return jax.tree.map(lambda a, b: jnp.where(condition, a, b), first, second)
+
+    if algorithm == "token" or time == 0:
+
+        def body(belief, moment):
+            step, seen, u, begins, counts = moment
+            before = pick(begins, prior, belief)
+            after, added = advance_under(policy, before, prior, step, seen, u)
+            after = pick(counts, after, before)
+            return after, (after, jnp.where(counts, added, 0))
+
+        last, (beliefs, evidence) = jax.lax.scan(
+            body, initial, (steps, observed, inputs, starts, mask)
+        )
+    else:
+        elements = jax.vmap(_element)(steps, observed)
+        elements = jax.vmap(pick)(
+            starts, jax.vmap(_from_prior, (0, 0, None))(steps, observed, prior), elements
+        )
+        elements = jax.vmap(pick, (0, 0, None))(mask, elements, _nothing(initial))
+        prefixes = jax.lax.associative_scan(jax.vmap(_combine), elements)
+        ends = jax.vmap(_apply, (0, None))(prefixes, initial)
+        before = jax.tree.map(
+            lambda first, rest: jnp.concatenate([first[None], rest[:-1]]), initial, ends
+        )
+        before = jax.vmap(pick, (0, None, 0))(starts, prior, before)
+        beliefs, evidence = jax.vmap(advance)(before, steps, observed)
+        beliefs = jax.vmap(pick)(mask, beliefs, before)
+        evidence = jnp.where(mask, evidence, 0)
+        last = jax.tree.map(lambda leaf: leaf[-1], beliefs)
+    reads = jax.vmap(exact.read)(beliefs, inputs)
+    reads = jax.tree.map(lambda part: jnp.where(mask[:, None], part, 0), reads)
+    return last, reads, evidence
+
+
+class _Element(eqx.Module):
+    transition: Float[Array, "*time block width width"]  # A
+    mean: Float[Array, "*time block row width"]  # b
+    covariance: Float[Array, "*time block width width"]  # C
+    information: Float[Array, "*time block row width"]  # η
+    precision: Float[Array, "*time block width width"]  # J
+
+
+def _element(step: Step, observed: Observed) -> _Element:
+    transition, shift, drift = step.transition, step.shift, step.drift
+    information = jnp.zeros_like(shift)
+    precision = jnp.zeros_like(drift)
+    if step.evidence is not None and observed.evidence is not None:
+        given = step.evidence
+        surprise = observed.evidence - given.shift
+        gain = jnp.linalg.solve(given.noise, given.cross.mT).mT
+        weighted = jnp.linalg.solve(given.noise, given.observation)
+        transition = transition - gain @ given.observation
+        shift = shift + surprise @ gain.mT
+        drift = drift - gain @ given.cross.mT
+        information = surprise @ weighted
+        precision = given.observation.mT @ weighted
+    if step.observation is None or observed.observation is None:
+        return _Element(transition, shift, drift, information, precision)
+    given = step.observation
+    variance = given.observation @ drift @ given.observation.mT + given.noise
+    gain = jnp.linalg.solve(variance, given.observation @ drift).mT
+    innovation = observed.observation - given.shift - shift @ given.observation.mT
+    moved = given.observation @ transition
+    weighted = jnp.linalg.solve(variance, moved)
+    kept = jnp.eye(drift.shape[-1]) - gain @ given.observation
+    return _Element(
+        kept @ transition,
+        shift + innovation @ gain.mT,
+        kept @ drift,
+        information + innovation @ weighted,
+        precision + moved.mT @ weighted,
+    )
+
+
+def _from_prior(step: Step, observed: Observed, prior: Belief) -> _Element:
+    """The element of a token before which the memory is the prior, whatever it was."""
+    belief, _ = advance(prior, step, observed)
+    zero = jnp.zeros_like(belief.covariance)
+    return _Element(zero, belief.mean, belief.covariance, jnp.zeros_like(belief.mean), zero)
+
+
+def _nothing(belief: Belief) -> _Element:
+    """The element of a token that is not there."""
+    zero, none = jnp.zeros_like(belief.covariance), jnp.zeros_like(belief.mean)
+    identity = jnp.broadcast_to(jnp.eye(zero.shape[-1], dtype=zero.dtype), zero.shape)
+    return _Element(identity, none, zero, none, zero)
+
+
+def _combine(first: _Element, second: _Element) -> _Element:
+    identity = jnp.eye(first.covariance.shape[-1])
+    system = identity + first.covariance @ second.precision
+    ahead = jnp.linalg.solve(system.mT, second.transition.mT).mT  # A₂ (I + C₁J₂)⁻¹
+    back = jnp.linalg.solve(system, first.transition).mT  # A₁ᵀ (I + J₂C₁)⁻¹
+    information = second.information - first.mean @ second.precision
+    return _Element(
+        ahead @ first.transition,
+        (first.mean + second.information @ first.covariance) @ ahead.mT + second.mean,
+        ahead @ first.covariance @ second.transition.mT + second.covariance,
+        information @ back.mT + first.information,
+        back @ second.precision @ first.transition + first.precision,
+    )
+
+
+def _apply(element: _Element, belief: Belief) -> Belief:
+    identity = jnp.eye(belief.covariance.shape[-1])
+    system = identity + belief.covariance @ element.precision
+    ahead = jnp.linalg.solve(system.mT, element.transition.mT).mT
+    mean = (belief.mean + element.information @ belief.covariance) @ ahead.mT + element.mean
+    covariance = ahead @ belief.covariance @ element.transition.mT + element.covariance
+    return Belief(mean, (covariance + covariance.mT) / 2)

@@ -1,0 +1,189 @@
+"""Memories: filters over named inputs, for one head, with a state to carry on from."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from .precision import MeanDtype
+from .rules import Additive, Exact, Forget, Reset, Restored, Rule
+from .scans import Algorithm, filter_scan, initial_belief
+from .stream import Belief, Reading, Stream
+
+Inputs = Mapping[str, Array]
+
+
+class Prediction(eqx.Module):
+    """What a memory predicts at each token: Gaussian, entry by entry.
+
+    Args:
+        mean: the read-out, which is the layer's output.
+        variance: how unsure the memory is of every entry of the mean.
+        value_variance: variance of a new value seen along the query: `variance` plus the noise.
+        log_evidence: log density of the token's values given all before: a measure of surprise.
+    """
+
+    mean: Float[Array, "*time value"]
+    variance: Float[Array, "*time"] | Float[Array, "*time value"]
+    value_variance: Float[Array, "*time"] | Float[Array, "*time value"]
+    log_evidence: Float[Array, "*time"]
+
+
+class Memory(Protocol):
+    """One head's filter. `inputs` gives every input's shape at one token."""
+
+    @property
+    def inputs(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    @property
+    def value_width(self) -> int: ...
+
+    def init_state(self) -> Any:
+        """The state before the first token: a pytree of arrays."""
+        ...
+
+    def __call__(
+        self,
+        u: Inputs,
+        state: Any,
+        *,
+        segment_ids: Int[Array, " time"] | None = None,
+        mask: Bool[Array, " time"] | None = None,
+    ) -> tuple[Prediction, Any]:
+        """Predictions at every token, and the state after the last."""
+        ...
+
+    def step(self, u: Inputs, state: Any) -> tuple[Prediction, Any]:
+        """One token: the same numbers as the full pass."""
+        ...
+
+
+class StreamMemory(eqx.Module):
+    r"""A memory whose inputs are those of `layers.Stream`, by name.
+
+    Inputs a token: `key`, `value`, `query`, and any of `noise` r (default 1), `log_decay` log a,
+    `drift` q, `rate` γ (for `Forget`), `restoration` λ (which makes the rule `Restored`), and
+    `step` Δ: then time is continuous, decay, drift and noise are rates, and a write counts Δ times.
+
+    Args:
+        value_width: rows of the memory.
+        key_width: columns.
+        rule: what is done to the covariance.
+        widths: shape at one token of every input that is not a key, value or query.
+        observations: pairs written a token.
+        prior_variance: of every entry, where documents start.
+        algorithm: how sequences are computed; the numbers are the same.
+        dtype: of the operands of products that carry values.
+    """
+
+    value_width: int = eqx.field(static=True)
+    key_width: int = eqx.field(static=True)
+    rule: Rule = eqx.field(static=True, default=Exact())
+    widths: tuple[tuple[str, tuple[int, ...]], ...] = eqx.field(static=True, default=())
+    observations: int = eqx.field(static=True, default=1)
+    prior_variance: float = eqx.field(static=True, default=1.0)
+    algorithm: Algorithm = eqx.field(static=True, default="chunked")
+    dtype: MeanDtype = eqx.field(static=True, default="float32")
+
+    @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        several = () if self.observations == 1 else (self.observations,)
+        return {
+            "key": (*several, self.key_width),
+            "value": (*several, self.value_width),
+            "query": (self.key_width,),
+            **dict(self.widths),
+        }
+
+    def init_state(self) -> Belief:
+        return initial_belief(self.rule, self.value_width, self.key_width, self.prior_variance)
+
+    def __call__(self, u, state, *, segment_ids=None, mask=None):
+        stream, restoration = self._stream(u)
+        if segment_ids is not None:
+            stream = replace(stream, starts=document_starts(segment_ids))
+        if mask is not None:
+            stream = without_padding(stream, mask)
+            if restoration is not None:
+                restoration = jnp.where(mask, restoration, 1)
+        rule = self._rule(restoration)
+        state, reading = filter_scan(
+            stream,
+            self.prior_variance,
+            rule,
+            initial=state,
+            algorithm=self.algorithm,
+            dtype=self.dtype,
+        )
+        if mask is not None:
+            reading = jax.tree.map(
+                lambda part: jnp.where(mask.reshape(-1, *[1] * (part.ndim - 1)), part, 0), reading
+            )
+        return predict(reading, stream.noise), state
+
+    def step(self, u, state):
+        stream, restoration = self._stream({name: array[None] for name, array in u.items()})
+        state, reading = filter_scan(
+            stream, self.prior_variance, self._rule(restoration), initial=state, algorithm="token"
+        )
+        prediction = predict(reading, stream.noise)
+        return jax.tree.map(lambda part: part[0], prediction), state
+
+    def _rule(self, restoration: Array | None) -> Rule:
+        if restoration is None:
+            return self.rule
+        return Restored(restoration, self.prior_variance)
+
+    def _stream(self, u: Inputs) -> tuple[Stream, Array | None]:
+        count = () if self.observations == 1 else (self.observations,)
+        noise = u.get("noise", jnp.ones((*u["query"].shape[:1], *count), u["key"].dtype))
+        rate = u.get("rate") if isinstance(self.rule, Forget) else None
+        value, log_decay, drift = u["value"], u.get("log_decay"), u.get("drift")
+        if "step" in u:
+            step = u["step"]
+            value, noise = value * step[:, None], noise * step
+            log_decay, drift = (
+                None if part is None else part * step.reshape(-1, *[1] * (part.ndim - 1))
+                for part in (log_decay, drift)
+            )
+        stream = Stream(u["key"], value, u["query"], noise, log_decay, drift, rate=rate)
+        return stream, u.get("restoration")
+
+
+def document_starts(segment_ids: Int[Array, " time"]) -> Bool[Array, " time"]:
+    """Where the document changes; the first goes on from the state that it is given."""
+    if segment_ids.shape[0] == 0:
+        return jnp.zeros(0, bool)
+    return jnp.diff(segment_ids, prepend=segment_ids[:1]) != 0
+
+
+def without_padding(stream: Stream, mask: Bool[Array, " time"]) -> Stream:
+    """Let padding write nothing and take no time."""
+
+    def where(array: Array | None, filler: float) -> Array | None:
+        if array is None:
+            return None
+        return jnp.where(mask.reshape(-1, *[1] * (array.ndim - 1)), array, filler)
+
+    starts = None if stream.starts is None else stream.starts & mask
+    return replace(
+        stream,
+        key=where(stream.key, 0),
+        value=where(stream.value, 0),
+        query=where(stream.query, 0),
+        noise=where(stream.noise, 1),
+        log_decay=where(stream.log_decay, 0),
+        drift=where(stream.drift, 0),
+        rate=where(stream.rate, 1),
+        starts=starts,
+    )
+
+
+def predict(reading: Reading, noise: Float[Array, "time *observation"]) -> Prediction:
+    """A reading with the variance of a new value, seen with the token's last noise."""
+    last = noise if noise.ndim == 1 else noise[:, -1]
+    return Prediction(reading.mean, reading.variance, reading.variance + last, reading.log_evidence)
