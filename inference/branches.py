@@ -26,12 +26,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from . import locations
 from .degree import MUST_BE_CONSTANT, PRIMITIVES
 
+DRAW = 8
+"""How many standard normal numbers decide all that is unknown."""
+Draw = Float[Array, "8"]
 _LONGEST_LOOP = 32
 
 _NAMES = {
@@ -80,7 +84,7 @@ class _Known(NamedTuple):
 
 def with_open_choices(
     fn: Callable[[Mapping[str, Array]], Any], u: Mapping[str, Array]
-) -> tuple[Callable[[Mapping[str, Array], PRNGKeyArray], Any], tuple[str, ...]]:
+) -> tuple[Callable[[Mapping[str, Array], Draw], Any], tuple[str, ...]]:
     """Return `fn` with its choices left open, and the places in the user's code that choose.
 
     Args:
@@ -88,8 +92,9 @@ def with_open_choices(
         u: inputs; only their shapes and types matter.
 
     Returns:
-        `evaluate(u, rng)`, whose integer and boolean inputs are real numbers too, and which gives
-        other unknown numbers for every `rng`; and the lines at which the inputs choose.
+        `evaluate(u, draw)`, whose integer and boolean inputs are real numbers too, and which gives
+        other unknown numbers for every `draw` of standard normal numbers; and the lines at which
+        the inputs choose.
 
     Raises:
         CannotFollow: something that depends on the inputs is neither real nor complex.
@@ -97,18 +102,18 @@ def with_open_choices(
     jaxpr, shapes = jax.make_jaxpr(fn, return_shape=True)(dict(u))
     tree = jax.tree.structure(shapes)
 
-    def evaluate(u: Mapping[str, Array], rng: PRNGKeyArray) -> Any:
-        return jax.tree.unflatten(tree, walk(u, rng)[0])
+    def evaluate(u: Mapping[str, Array], draw: Draw) -> Any:
+        return jax.tree.unflatten(tree, walk(u, draw)[0])
 
-    def walk(u: Mapping[str, Array], rng: PRNGKeyArray) -> tuple[list[Any], tuple[str, ...]]:
-        walker = _Walker(rng)
+    def walk(u: Mapping[str, Array], draw: Draw) -> tuple[list[Any], tuple[str, ...]]:
+        walker = _Walker(draw)
         results = walker.walk(jaxpr, [_Known(leaf, True) for leaf in jax.tree.leaves(dict(u))])
         return [_real(result.value) for result in results], tuple(walker.choices)
 
     places: list[str] = []
 
-    def look(u: Mapping[str, Array], rng: PRNGKeyArray) -> list[Any]:
-        results, found = walk(u, rng)
+    def look(u: Mapping[str, Array], draw: Draw) -> list[Any]:
+        results, found = walk(u, draw)
         places.extend(found)
         return results
 
@@ -118,7 +123,7 @@ def with_open_choices(
         )
         for name, a in u.items()
     }
-    jax.eval_shape(look, opened, jax.random.key(0))
+    jax.eval_shape(look, opened, jax.ShapeDtypeStruct((DRAW,), float))
     return evaluate, tuple(places)
 
 
@@ -133,8 +138,8 @@ def _real(value: Any) -> Any:
 class _Walker:
     """Evaluates a jaxpr with open choices."""
 
-    def __init__(self, rng: PRNGKeyArray) -> None:
-        self.rng = rng
+    def __init__(self, draw: Draw) -> None:
+        self.draw = draw
         self.drawn = 0
         self.choices: dict[str, None] = {}
         self.call = ""  # where the user's code calls the library function that is walked
@@ -208,13 +213,16 @@ class _Walker:
 
     def unknown(self, variable: Any) -> Array:
         """Numbers that have to do with nothing."""
-        if not _is_number(_dtype(variable)) or jnp.issubdtype(
-            _dtype(variable), jnp.complexfloating
-        ):
+        dtype = _dtype(variable)
+        if not _is_number(dtype) or jnp.issubdtype(dtype, jnp.complexfloating):
             raise CannotFollow
         self.drawn += 1
-        rng = jax.random.fold_in(self.rng, self.drawn)
-        return jax.random.uniform(rng, variable.aval.shape, float, 0.2, 0.8)
+        return 0.5 + 0.3 * jnp.sin(self.numbers(f"unknown {self.drawn}", _shape(variable)))
+
+    def numbers(self, label: str, shape: tuple[int, ...]) -> Array:
+        """Numbers of the order of 10 that are decided by the draw, others for every label."""
+        directions = np.random.default_rng(zlib.crc32(label.encode())).normal(size=(*shape, DRAW))
+        return 5 * jnp.asarray(directions) @ self.draw
 
     def some_function(self, eqn: JaxprEqn, operands: list[_Known]) -> Array:
         """A function of corresponding entries that has to do with `eqn` only in its scale."""
@@ -231,10 +239,9 @@ class _Walker:
 
     def number_of(self, label: str, values: list[Array]) -> Array:
         """Numbers in [0.2, 0.8], a function of corresponding entries that nothing else uses."""
-        rng = jax.random.fold_in(self.rng, zlib.crc32(label.encode()))
         phase = 0.0
         for index, value in enumerate(values):
-            rates = jax.random.uniform(jax.random.fold_in(rng, index), (3,), float, 5, 15)
+            rates = self.numbers(f"{label}, {index}", (3,))
             real = jnp.nan_to_num(_real(value).astype(float))
             size = jnp.log(jnp.maximum(jnp.abs(real), 1e-300))
             phase = phase + rates[0] * size + rates[1] * jnp.sign(real) + rates[2]

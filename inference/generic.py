@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .branches import CannotFollow, with_open_choices
+from .branches import DRAW, CannotFollow, with_open_choices
 from .extraction import step_coefficients
 from .linear_gaussian import Step
 from .partition import Partition
@@ -56,8 +56,8 @@ def open_steps(
             lambda u: step_coefficients(proof, partition, u),
             {name: array[0] for name, array in examples.items()},
         )
-        rngs = jax.random.split(jax.random.key(1), draws)
-        steps = jax.jit(jax.vmap(evaluate))(inputs, rngs)
+        unknown = jax.random.normal(jax.random.key(1), (draws, DRAW), float)
+        steps = jax.jit(jax.vmap(evaluate))(inputs, unknown)
     except CannotFollow:
         return None
     kept = _finite(steps)

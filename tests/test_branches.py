@@ -12,7 +12,7 @@ from dense_conditioning import assert_filter_conditions_densely, condition_dense
 from jax import lax
 
 from design_models import DesignModel
-from inference.branches import with_open_choices
+from inference.branches import DRAW, with_open_choices
 from inference.derivation import draft
 
 STEPS, V, K = 2, 2, 2
@@ -257,14 +257,16 @@ def test_a_function_without_choices_is_evaluated_as_it_is():
 
     u = {"a": jnp.array([0.3, -2.0]), "b": jnp.array([[2.0, 0.3], [-0.4, 1.0]])}
     evaluate, places = with_open_choices(smooth, u)
-    np.testing.assert_allclose(evaluate(u, jax.random.key(0)), smooth(u), rtol=1e-15)
+    np.testing.assert_allclose(evaluate(u, jnp.zeros(DRAW)), smooth(u), rtol=1e-15)
     assert places == ()
 
 
 def test_what_is_left_open_differs_from_draw_to_draw_and_is_one_function_of_entries():
     evaluate, _ = with_open_choices(lambda u: jnp.abs(u["a"]), {"a": jnp.zeros(3)})
     u = {"a": jnp.array([0.3, 0.3, 0.4])}
-    draws = np.array([evaluate(u, jax.random.key(seed)) for seed in range(4)])
+    draws = np.array(
+        [evaluate(u, draw) for draw in jax.random.normal(jax.random.key(0), (4, DRAW))]
+    )
     np.testing.assert_array_equal(draws[:, 0], draws[:, 1])
     assert np.all(np.abs(draws[:, 0] - draws[:, 2]) > 1e-3)
     assert len(np.unique(draws[:, 0])) == 4
@@ -276,7 +278,7 @@ def test_a_mixture_is_each_case_at_zero_and_at_one():
             lambda u: jnp.where(u["flag"], jnp.array([1.0, 2.0]), jnp.array([5.0, 7.0])),
             {"flag": jnp.array(True)},
         )[0],
-        rng=jax.random.key(0),
+        draw=jnp.zeros(DRAW),
     )
     np.testing.assert_allclose(evaluate({"flag": jnp.array(0.0)}), [5.0, 7.0])
     np.testing.assert_allclose(evaluate({"flag": jnp.array(1.0)}), [1.0, 2.0])
