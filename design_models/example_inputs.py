@@ -119,11 +119,15 @@ def draw_default_inputs(model: DesignModel, rng: PRNGKeyArray, steps: int) -> di
                     "inputs(rng, steps) that returns a dict of arrays with a leading time axis."
                 ) from None
             names[name] = 0
+        except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):
+            break  # Python needs a number; the proof says where
         except (TypeError, ValueError):
             wider = next((n for n, i in names.items() if i + 1 < len(DEFAULTS[n])), None)
             if wider is None:
                 break  # no default fits; the proof says what does not
             names[wider] += 1
+        except Exception:
+            break  # the user's own; the proof says where
     if model.readout is None:
         names.setdefault("query", 0)
     return draws()

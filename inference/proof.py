@@ -329,19 +329,17 @@ def _explain_python_control(
         raise
     except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
         location = locations.of_error(error)
-        try:  # a batch of memories is symbolic where the inputs are numbers
-            batch = jax.tree.map(lambda leaf: jnp.zeros((2, *leaf.shape), float), memory)
-            jax.vmap(lambda memory: run(memory, dict(u)), axis_size=2)(batch)
-        except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):
-            raise NotLinearGaussian(function, "", _NEEDS_LATENT, location) from error
-        try:  # inputs are symbolic where the memory is a number: what is left is a latent draw
-            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, float), memory)
-            inputs = {name: jnp.stack([array, array]) for name, array in u.items()}
-            if inputs:
-                jax.vmap(lambda u: run(zeros, u))(inputs)
-        except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):
-            pass
-        else:
+        # A batch of memories is symbolic where the inputs are numbers, and the other way about.
+        batch = jax.tree.map(lambda leaf: jnp.zeros((2, *leaf.shape), float), memory)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, float), memory)
+        inputs = {name: jnp.stack([array, array]) for name, array in u.items()}
+        of_memory = _needs_numbers(
+            lambda: jax.vmap(lambda memory: run(memory, dict(u)), axis_size=2)(batch)
+        )
+        of_inputs = bool(inputs) and _needs_numbers(
+            lambda: jax.vmap(lambda u: run(zeros, u))(inputs)
+        )
+        if of_memory or not of_inputs:  # of neither: of a latent draw
             raise NotLinearGaussian(function, "", _NEEDS_LATENT, location) from error
         raise NotSupported(
             function,
@@ -361,3 +359,14 @@ def _explain_python_control(
         raise ModelError(
             f"`{function}` raised {type(error).__name__}: {reason} ({locations.of_error(error)})."
         ) from error
+
+
+def _needs_numbers(run: Callable[[], Any]) -> bool:
+    """Whether Python needs the value of something symbolic, before anything else goes wrong."""
+    try:
+        run()
+    except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):
+        return True
+    except Exception:  # of numbers: Python got beyond the place that needed one
+        return False
+    return False

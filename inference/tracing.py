@@ -24,6 +24,8 @@ from numpyro.distributions import constraints
 from numpyro.distributions.distribution import validation_enabled
 from numpyro.primitives import Messenger
 
+from design_models import ModelError
+
 from . import locations
 from .errors import NotLinearGaussian, NotSupported
 
@@ -181,9 +183,11 @@ def _run(function: str, call: Callable[..., Any], arguments: tuple, watch: _Watc
             returned = call(*given)
     except jax.errors.UnexpectedTracerError as error:
         raise NotSupported(function, "", EARLIER_CALL, locations.of_error(error)) from error
-    except (NotLinearGaussian, jax.errors.JAXTypeError, jax.errors.JAXIndexError):
+    except (ModelError, NotLinearGaussian, jax.errors.JAXTypeError, jax.errors.JAXIndexError):
         raise
     except (TypeError, ValueError, AssertionError) as error:
+        if not locations.raised_by_library(error):
+            raise  # the user's own: no fact about the model
         reason = " ".join(str(error).split())
         raise NotSupported(
             function, "", f"raised {type(error).__name__}: {reason}", locations.of_error(error)

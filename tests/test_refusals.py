@@ -22,7 +22,7 @@ from numpyro.contrib import control_flow
 from numpyro.distributions import constraints, transforms
 from numpyro.infer import reparam
 
-from design_models import DesignModel
+from design_models import DesignModel, ModelError
 from inference import NotLinearGaussian, NotSupported, derive
 
 STEPS, WIDTH = 2, 2
@@ -751,7 +751,7 @@ def fixed_site_named_as_another(S, u):
     numpyro.sample("v", dist.Normal(S @ u["key"], 1.0).to_event(1), obs=u["value"])  # here
 
 
-@refused("observe", "", "raised AssertionError", NotSupported)
+@refused("observe", "", "Python needs the value of an input", NotSupported)
 def plate_as_large_as_an_input(S, u):
     with numpyro.plate("rows", u["slot"]):  # here
         linear_reading(S, u)
@@ -767,7 +767,7 @@ def learned_parameter(S, u):
 
 @refused("transition", "", "prng_key", NotSupported)
 def own_random_key(S, u):
-    return S + jax.random.normal(numpyro.prng_key("noise_key"), S.shape)  # here
+    return S + jax.random.normal(numpyro.prng_key(), S.shape)  # here
 
 
 @refused("transition", "", "control flow", NotSupported)
@@ -948,6 +948,73 @@ def test_model_is_refused_by_function_site_reason_and_line(name):
     assert case.words in error.reason
     assert type(error) is case.kind
     assert error.location.startswith(case.location or __file__) or not case.location
+
+
+# The user's own errors, which say nothing about the model.
+
+
+def _own_errors(S, u):
+    raise ValueError("no such gate")
+
+
+def _own_type_error(S, u):
+    return S + len(3)
+
+
+def _own_assertion(S, u):
+    assert S.shape == (7, 7), "not seven"
+
+
+def _own_runtime_error(S, u):
+    raise RuntimeError("no luck")
+
+
+@pytest.mark.parametrize("role", ["transition", "observe", "readout"])
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (_own_errors, "raised ValueError: no such gate"),
+        (_own_type_error, "raised TypeError: object of type 'int'"),
+        (_own_assertion, "raised AssertionError: not seven"),
+        (_own_runtime_error, "raised RuntimeError: no luck"),
+    ],
+)
+@pytest.mark.parametrize("given", [True, False], ids=["inputs", "defaults"])
+def test_an_error_of_the_users_own_is_no_refusal(role, fault, words, given):
+    with pytest.raises(ModelError) as caught:
+        derive(replace(BASE, **{role: fault}), draw_inputs() if given else None)
+    line = fault.__code__.co_firstlineno + 1
+    assert f"`{role}` {words}" in str(caught.value)
+    assert f"({__file__}:{line} ({fault.__name__}))" in str(caught.value)
+
+
+def _if_before_another_input(S, u):
+    if u["decay"] > 0.5:
+        return S * u["drift"]
+    return S
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["inputs", "defaults"])
+def test_an_if_on_an_input_is_refused_whatever_inputs_are_read_after_it(given):
+    inputs = {n: a for n, a in draw_inputs().items() if n != "drift"} if given else None
+    with pytest.raises(NotSupported) as caught:
+        derive(replace(BASE, transition=_if_before_another_input), inputs)
+    assert "Python needs the value of an input" in caught.value.reason
+    line = _if_before_another_input.__code__.co_firstlineno + 1
+    assert caught.value.location.startswith(f"{__file__}:{line} (")
+
+
+@dataclass
+class _Gate:
+    value: Any
+
+
+def test_a_location_is_no_generated_method():
+    def transition(S, u):
+        return _Gate(u["decay"], 3)
+
+    with pytest.raises(ModelError, match=f"raised TypeError.*{__file__}"):
+        derive(replace(BASE, transition=transition), draw_inputs())
 
 
 # What must be accepted.
