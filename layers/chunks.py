@@ -1,10 +1,11 @@
 r"""Time cut into chunks, and decay within a chunk.
 
 Within a chunk, α_t = Π a up to and including token t (from the chunk's start), and every quantity
-needs ratios α_t/α_s for s ≤ t alone. They are formed from differences of sums of log decays, each
-at most 0, so no decay is too strong: nothing is divided by α. One decay per key needs a ratio per
-(t, s, key); blocks of 16 tokens are multiplied out, and pairs of blocks factor through the first
-token of the later block, whose two factors are at most 1.
+needs ratios α_t/α_s for s ≤ t alone. Each is the exponential of the log decays between s and t,
+summed for that pair: every ratio is at most 1, so no decay is too strong, and no two sums are
+subtracted, so a ratio of 1e-20 and its gradient keep their digits. One decay per key needs a ratio
+per (t, s, key); blocks of 16 tokens are multiplied out, and pairs of blocks factor at the end of
+the token's own block, the blocks between, and the start of the later block, all at most 1.
 
 Documents start within chunks. A pair of tokens of two documents has weight 0; so has a token with
 the state that entered the chunk, once a document has started.
@@ -27,30 +28,38 @@ class Decay(eqx.Module):
     """Decay within one chunk.
 
     Args:
-        log: log α_t, (chunk, 1), or (chunk, key); None where nothing decays.
+        steps: log a_t, (chunk, 1), or (chunk, key); None where nothing decays. A document's first
+            token has 0: its own decay acts on the prior, not on what the chunk holds.
         document: how many documents have started up to and including each token; None where none
             ever does.
     """
 
-    log: Float[Array, "chunk width"] | None
+    steps: Float[Array, "chunk width"] | None
     document: Int[Array, " chunk"] | None
 
     @property
     def per_key(self) -> bool:
-        return self.log is not None and self.log.shape[-1] > 1
+        return self.steps is not None and self.steps.shape[-1] > 1
 
 
 def within_chunk(
     log_decay: Float[Array, "chunk width"] | None, starts: Bool[Array, " chunk"] | None
 ) -> Decay:
-    """Cumulate a chunk's log decays and document starts.
+    """A chunk's decays and documents."""
+    if starts is None:
+        return Decay(log_decay, None)
+    steps = None if log_decay is None else jnp.where(starts[:, None], 0, log_decay)
+    return Decay(steps, jnp.cumsum(starts.astype(jnp.int32)))
 
-    A start's own decay acts on the prior, not on what the chunk holds, so it counts as 0 here.
-    """
-    if starts is not None and log_decay is not None:
-        log_decay = jnp.where(starts[:, None], 0, log_decay)
-    log = None if log_decay is None else jnp.cumsum(log_decay, axis=0)
-    return Decay(log, None if starts is None else jnp.cumsum(starts.astype(jnp.int32)))
+
+def _up_to(steps: Float[Array, "*block token width"]) -> Float[Array, "*block token width"]:
+    """Sums over u ≤ t."""
+    return exact_product(jnp.tril(jnp.ones((steps.shape[-2],) * 2, steps.dtype)), steps)
+
+
+def _later(steps: Float[Array, "*block token width"]) -> Float[Array, "*block token width"]:
+    """Sums over u > t."""
+    return exact_product(jnp.triu(jnp.ones((steps.shape[-2],) * 2, steps.dtype), 1), steps)
 
 
 def same_document(decay: Decay) -> Bool[Array, "chunk chunk"] | None:
@@ -66,11 +75,10 @@ def ratios(decay: Decay, chunk: int) -> Pairs:
     same = same_document(decay)
     if same is not None:
         allowed = allowed & same
-    if decay.log is None:
+    if decay.steps is None:
         return allowed.astype(float)
-    log = decay.log[:, 0]
-    difference = jnp.where(allowed, log[:, None] - log[None, :], -jnp.inf)
-    return jnp.exp(difference)
+    between = _up_to(jnp.tril(jnp.broadcast_to(decay.steps, (chunk, chunk)), -1))
+    return jnp.exp(jnp.where(allowed, between, -jnp.inf))
 
 
 def decayed_products(left: Rows, right: Rows, decay: Decay) -> Pairs:
@@ -83,7 +91,6 @@ def decayed_products(left: Rows, right: Rows, decay: Decay) -> Pairs:
     blocks = len(inside)
     left, right = _blocks(left), _blocks(right)
     diagonal = jnp.sum(left[:, :, None] * right[:, None] * inside, axis=-1)
-    # Row block i reads column block j < i through the first token of i: before[i, j] ≤ 1.
     columns = (right[None] * before).reshape(blocks, chunk, -1)
     across = exact_product(left * after, columns.mT).reshape(blocks, BLOCK, blocks, BLOCK)
     return _masked(_assemble(diagonal, across), decay)
@@ -112,15 +119,25 @@ def _blocks(rows: Rows) -> Float[Array, "block token row"]:
 
 
 def _block_ratios(decay: Decay):
-    """Ratios inside blocks; from a token to a later block's first; from that to its tokens."""
-    assert decay.log is not None
-    log = _blocks(decay.log)
+    """Ratios inside blocks; from a token to the end before a later block; from there to its tokens.
+
+    Row block i reads column block j < i through the end of block i − 1.
+    """
+    assert decay.steps is not None
+    steps = _blocks(decay.steps)
+    blocks, width = len(steps), steps.shape[-1]
+    later = jnp.tril(jnp.ones((BLOCK, BLOCK), bool), -1)[None, :, :, None]
+    # [block, u, s, key]: the steps after s, summed over u ≤ t.
+    after_column = jnp.where(later, steps[:, :, None], 0).reshape(blocks, BLOCK, -1)
+    between = _up_to(after_column).reshape(blocks, BLOCK, BLOCK, width)
     causal = jnp.tril(jnp.ones((BLOCK, BLOCK), bool))[None, :, :, None]
-    inside = jnp.exp(jnp.where(causal, log[:, :, None] - log[:, None, :], -jnp.inf))
-    first = log[:, 0]
-    below = jnp.tril(jnp.ones((len(log), len(log)), bool), -1)[:, :, None, None]
-    before = jnp.exp(jnp.where(below, first[:, None, None] - log[None], -jnp.inf))
-    return inside, before, jnp.exp(log - first[:, None])
+    inside = jnp.exp(jnp.where(causal, between, -jnp.inf))
+    row, column, block = jnp.ogrid[:blocks, :blocks, :blocks]
+    skipped = ((column < block) & (block < row)).astype(steps.dtype)
+    gaps = exact_product(skipped, steps.sum(axis=1))
+    below = jnp.tril(jnp.ones((blocks, blocks), bool), -1)[:, :, None, None]
+    before = jnp.exp(jnp.where(below, _later(steps)[None] + gaps[:, :, None], -jnp.inf))
+    return inside, before, jnp.exp(_up_to(steps))
 
 
 def _assemble(diagonal: Array, across: Array) -> Pairs:
@@ -138,17 +155,29 @@ def _masked(pairs: Pairs, decay: Decay) -> Pairs:
 
 def from_start(rows: Rows, decay: Decay) -> Rows:
     """Rows times α_t: what each token sees of the state that entered the chunk."""
-    if decay.log is not None:
-        rows = rows * jnp.exp(decay.log)
+    if decay.steps is not None:
+        rows = rows * jnp.exp(_up_to(decay.steps))
     if decay.document is not None:
         rows = jnp.where(decay.document[:, None] == 0, rows, 0)
     return rows
 
 
+def last_document(decay: Decay) -> Decay:
+    """The chunk's last document alone, as if the chunk began with its first token.
+
+    Rows of earlier documents keep their place; `to_end` gives them weight 0.
+    """
+    if decay.document is None:
+        return decay
+    last = decay.document == decay.document[-1]
+    steps = None if decay.steps is None else jnp.where(last[:, None], decay.steps, 0)
+    return Decay(steps, (~last).astype(jnp.int32))
+
+
 def to_end(rows: Rows, decay: Decay) -> Rows:
     """Rows times α_C/α_t: what is left of each token at the chunk's end."""
-    if decay.log is not None:
-        rows = rows * jnp.exp(decay.log[-1:] - decay.log)
+    if decay.steps is not None:
+        rows = rows * jnp.exp(_later(decay.steps))
     if decay.document is not None:
         rows = jnp.where(decay.document[:, None] == decay.document[-1], rows, 0)
     return rows
@@ -156,7 +185,7 @@ def to_end(rows: Rows, decay: Decay) -> Rows:
 
 def whole(decay: Decay, like: Array) -> Float[Array, " width"]:
     """α_C, or 0 where a document has started: what is left of the entering state."""
-    kept = jnp.ones((1,), like.dtype) if decay.log is None else jnp.exp(decay.log[-1])
+    kept = jnp.ones((1,), like.dtype) if decay.steps is None else jnp.exp(decay.steps.sum(axis=0))
     if decay.document is not None:
         kept = jnp.where(decay.document[-1] == 0, kept, 0)
     return kept
@@ -169,9 +198,8 @@ def accumulated(
     if not decay.per_key:
         squared = ratios(decay, len(drift)).astype(drift.dtype) ** 2
         return exact_product(squared, drift)
-    assert decay.log is not None
-    steps = jnp.diff(decay.log, axis=0, prepend=0)
-    kept = jnp.exp(2 * steps)
+    assert decay.steps is not None
+    kept = jnp.exp(2 * decay.steps)
     if decay.document is not None:
         begins = jnp.diff(decay.document, prepend=0) > 0
         kept = jnp.where(begins[:, None], 0, kept)

@@ -16,14 +16,23 @@ is the covariance of value t's whitened innovation with the memory after token t
 
     gain of token t                  g_t = U_t / L_tt,   innovation variance  L_tt²
     read-out variance at x           x̃ᵀ P0 x̃ + xᵀ diag(c_t) x − Σ_s (x · α_t/α_s∘U_s)²
-    covariance at the chunk's end    diag(α_C) P0 diag(α_C) + diag(c_C) − Σ_s (α_C/α_s∘U_s)(…)ᵀ
 
 Every ratio α_t/α_s has s ≤ t and is at most 1 (`layers.chunks`).
 
-**Gradient.** The chunk's closed loop Ψ = diag(α_C) − k̃ᵀ (G + r)⁻¹ Lα U has δP_C = Ψᵀ δP0 Ψ, so the
-backward pass over chunks is a recursion of K×K products alone, $\bar P_0 = \Psi \bar P_C \Psi^\top$
-+ what this chunk's own outputs ask of P0. The rest is done for all chunks at once. Only the
-covariances at chunk starts are kept.
+**The chunk's end.** With B = Xᵀ Û, Û_s = α_C/α_s∘U_s, the chunk's values move the mean at its end
+by VᵀB, and Ψ = diag(α_C) − K̃ᵀB is its closed loop. Subtracting ÛᵀÛ from what P0 and drift predict
+would leave errors the size of P0's rounding, above P_C itself where noise is small. Instead
+
+$$ P_C = \Psi^\top P_0 \Psi + B^\top \mathrm{diag}(r)\, B + \mathrm{diag}(c_C) - E^\top B - B^\top E
+   + B^\top G^c B $$
+
+(Joseph's form for a whole chunk; E_s = α_C/α_s∘c_s∘k_s, and G^c is drift's part of G), which is a
+minimum over B: an error in B counts by its square. Where a document starts inside the chunk, the
+last document's prior takes the place of P0 and its first token that of the chunk's start.
+
+**Gradient.** δP_C = Ψᵀ δP0 Ψ, so the backward pass over chunks is a recursion of K×K products
+alone, $\bar P_0 = \Psi \bar P_C \Psi^\top$ + what this chunk's own outputs ask of P0. The rest is
+done for all chunks at once. Only the covariances at chunk starts are kept.
 
 Source: Kalman (1960) in array form; the chunk identities are checked in tests/test_scans.py.
 """
@@ -60,8 +69,9 @@ class Uncertainty(eqx.Module):
         query: directions read.
         noise: variance of each value.
         log_decay: log of the covariance's decay (of a standard deviation), one or one per key.
-        drift: variance added before each write; at a document's start the whole prior variance.
+        drift: variance added before each write.
         starts: where documents start.
+        restart: where documents start, variance before the first write; not read elsewhere.
     """
 
     key: Float[Array, "*chunks token key"]
@@ -70,6 +80,7 @@ class Uncertainty(eqx.Module):
     log_decay: Float[Array, "*chunks token width"] | None
     drift: Float[Array, "*chunks token other_width"] | None
     starts: Bool[Array, "*chunks token"] | None
+    restart: Float[Array, "*chunks token restart_width"] | None
 
 
 class Gains(eqx.Module):
@@ -89,16 +100,8 @@ class Gains(eqx.Module):
 class _Loop(eqx.Module):
     """How a chunk acts on small changes of the covariance that enters it."""
 
-    kept: Float[Array, "*chunks width"]  # α_C
+    closed: Float[Array, "*chunks key key"]  # Ψ
     seen: Float[Array, "*chunks token key"]  # X K̃
-    end: Float[Array, "*chunks token key"]  # α_C/α_s∘U_s
-
-    @property
-    def closed(self) -> Float[Array, "*chunks key key"]:
-        """The closed loop Ψ."""
-        width = self.end.shape[-1]
-        kept = jnp.broadcast_to(self.kept, (*self.kept.shape[:-1], width))
-        return kept[..., None] * jnp.eye(width) - exact_product(self.seen.mT, self.end)
 
 
 def through_chunk(covariance: Square, chunk: Uncertainty) -> tuple[Square, Gains, _Loop]:
@@ -108,26 +111,79 @@ def through_chunk(covariance: Square, chunk: Uncertainty) -> tuple[Square, Gains
     carried = exact_product(key, covariance)
     joint = exact_product(carried, key.T) + jnp.diag(chunk.noise)
     spread = from_start(carried, decay)
-    added = None if chunk.drift is None else accumulated(chunk.drift, decay)
+    drift = _with_restarts(chunk)
+    added = None if drift is None else accumulated(drift, decay)
+    drifted = None
     if added is not None:
-        drifted = added * chunk.key
-        lower = decayed_products(chunk.key, drifted, decay)
-        joint = joint + lower + jnp.tril(lower, -1).T
-        spread = spread + drifted
+        drifted = _drifted(chunk.key, added, decay)
+        joint = joint + drifted.joint
+        spread = spread + drifted.spread
     root, inverse = cholesky_and_inverse(joint)
     moved = decayed_sums(inverse, spread, decay)
     deviation = jnp.diagonal(root)
-    end = to_end(moved, decay)
-    kept = whole(decay, covariance)
-    after = kept[:, None] * covariance * kept - exact_product(end.T, end)
-    if added is not None:
-        after = after + jnp.diag(jnp.broadcast_to(added[-1], key.shape[1:]))
+    weights = exact_product(inverse.T, to_end(moved, decay))
+    after, closed = _at_end(covariance, chunk, decay, weights, drifted)
     gains = Gains(
         moved / deviation[:, None],
         deviation**2,
         _read_variance(chunk.query, covariance, added, moved, decay),
     )
-    return after, gains, _Loop(kept, exact_product(inverse, key), end)
+    return after, gains, _Loop(closed, exact_product(inverse, key))
+
+
+def _with_restarts(chunk: Uncertainty) -> Float[Array, "token width"] | None:
+    """Variance added before each write, a document's prior among it."""
+    if chunk.starts is None:
+        return chunk.drift
+    drift = 0 if chunk.drift is None else chunk.drift
+    return jnp.where(chunk.starts[:, None], chunk.restart, drift)
+
+
+class _Drifted(eqx.Module):
+    """What drift since the chunk's start adds to covariances."""
+
+    joint: Float[Array, "token token"]  # G^c: of values
+    spread: Float[Array, "token key"]  # c_s∘k_s: of each value with the memory
+    last: Float[Array, " width"]  # c_C: of the memory at the chunk's end
+
+
+def _drifted(
+    key: Float[Array, "token key"], added: Float[Array, "token width"], decay: Decay
+) -> _Drifted:
+    spread = added * key
+    lower = decayed_products(key, spread, decay)
+    return _Drifted(lower + jnp.tril(lower, -1).T, spread, added[-1])
+
+
+def _at_end(
+    covariance: Square, chunk: Uncertainty, decay: Decay, weights, drifted: _Drifted | None
+) -> tuple[Square, Square]:
+    """P_C, and Ψ, given the weights B of the chunk's values in the mean at its end."""
+    width = covariance.shape[-1]
+    entered = None
+    if chunk.starts is not None:
+        # The last document's prior and, apart from it, its drift.
+        assert chunk.restart is not None
+        assert decay.document is not None
+        entered = decay.document[-1] == 0
+        first = len(chunk.starts) - 1 - jnp.argmax(chunk.starts[::-1])
+        prior = jnp.diag(jnp.broadcast_to(chunk.restart[first], (width,)))
+        covariance = jnp.where(entered, covariance, prior)
+        drifted = None
+        if chunk.drift is not None:
+            drift = jnp.where(chunk.starts[:, None], 0, chunk.drift)
+            drifted = _drifted(chunk.key, accumulated(drift, decay), decay)
+    last = last_document(decay)
+    kept = jnp.diag(jnp.broadcast_to(whole(last, covariance), (width,)))
+    closed = kept - exact_product(from_start(chunk.key, last).T, weights)
+    after = exact_product(exact_product(closed.T, covariance), closed)
+    after = after + exact_product(weights.T, chunk.noise[:, None] * weights)
+    if drifted is not None:
+        left = to_end(drifted.spread, decay) - exact_product(drifted.joint, weights) / 2
+        off = exact_product(left.T, weights)
+        after = after + jnp.diag(jnp.broadcast_to(drifted.last, (width,))) - off - off.T
+    after = (after + after.T) / 2
+    return after, closed if entered is None else jnp.where(entered, closed, 0)
 
 
 def _read_variance(query, covariance, added, moved, decay: Decay) -> Float[Array, " token"]:

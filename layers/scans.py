@@ -29,11 +29,9 @@ def initial_belief(
     match rule:
         case Reset():
             return Belief(mean, None)
-        case Additive():
-            return Belief(mean, variance)
         case Isotropic():
             return Belief(mean, jnp.mean(variance))
-        case Diagonal():
+        case Diagonal() | Additive():
             return Belief(mean, jnp.broadcast_to(variance, (key_width,)))
         case _:
             return Belief(mean, jnp.eye(key_width, dtype=variance.dtype) * variance)
@@ -178,12 +176,11 @@ def _exact_gains(stream: Stream, initial: Belief, prior: Belief, rule, algorithm
         kept = tiny + (1 - tiny) * jnp.broadcast_to(rule.restoration, (stream.length,))[:, None]
         drift = (0 if drift is None else kept * drift) + (1 - kept) * rule.variance
         log_decay = (0 if log_decay is None else log_decay) + jnp.log(kept) / 2
+    restart = None
     if stream.starts is not None:
         assert prior.covariance is not None
-        variance = jnp.diagonal(prior.covariance)
-        scale = 1 if log_decay is None else jnp.exp(2 * log_decay)
-        anew = scale * variance + (0 if drift is None else drift)
-        drift = jnp.where(stream.starts[:, None], anew, 0 if drift is None else drift)
+        scale = jnp.ones((stream.length, 1)) if log_decay is None else jnp.exp(2 * log_decay)
+        restart = scale * jnp.diagonal(prior.covariance) + (0 if drift is None else drift)
     chunks = Uncertainty(
         cut(stream.key, length),
         cut(stream.query, length),
@@ -191,6 +188,7 @@ def _exact_gains(stream: Stream, initial: Belief, prior: Belief, rule, algorithm
         None if log_decay is None else cut(log_decay, length),
         None if drift is None else cut(drift, length),
         None if stream.starts is None else cut(stream.starts, length),
+        None if restart is None else cut(restart, length),
     )
     last, gains = covariance_scan(initial.covariance, chunks, algorithm)
     time = stream.length
@@ -206,7 +204,7 @@ def _additive_variance(stream: Stream, initial: Belief, prior: Belief):
     """Variance after the last token, and of every read-out: P = a²P + q r/(q + r)."""
     time = stream.length
     assert initial.covariance is not None
-    width = stream.key.shape[-1] if _any_per_key(stream, initial) else 1
+    width = stream.key.shape[-1]
     kept = jnp.ones((time, width), stream.key.dtype)
     if stream.log_decay is not None:
         kept = kept * jnp.exp(2 * per_key(stream.log_decay))
@@ -219,15 +217,7 @@ def _additive_variance(stream: Stream, initial: Belief, prior: Belief):
         starts = stream.starts[:, None]
         added = jnp.where(starts, kept * prior.covariance + added, added)
         kept = jnp.where(starts, 0, kept)
-    _, before = chunk_states(
-        jnp.broadcast_to(initial.covariance, (width,)), kept, added, "parallel"
-    )
+    _, before = chunk_states(initial.covariance, kept, added, "parallel")
     after = kept * before + added
-    last = after[-1] if initial.covariance.ndim else after[-1, 0]
-    return last, jnp.sum(after * stream.query**2, axis=-1)
+    return after[-1], jnp.sum(after * stream.query**2, axis=-1)
 
-
-def _any_per_key(stream: Stream, initial: Belief) -> bool:
-    rates = (stream.log_decay, stream.drift)
-    per_key = any(rate is not None and rate.ndim == 2 for rate in rates)
-    return per_key or initial.covariance is not None and initial.covariance.ndim == 1

@@ -50,8 +50,8 @@ class Belief(eqx.Module):
     Args:
         mean: M.
         covariance: (key, key) for `Exact`, `Restored` and `Forget`; variances (key,) for
-            `Diagonal`; one variance () for `Isotropic`; () or (key,) for `Additive`; None for
-            `Reset`, which keeps none.
+            `Diagonal` and `Additive`; one variance () for `Isotropic`; None for `Reset`, which
+            keeps none.
     """
 
     mean: Mean
