@@ -86,7 +86,7 @@ def _check_site(function: str, site: Site) -> float:
         if parameter is None or isinstance(constraint, type(constraints.dependent)):
             continue
         if not bool(jnp.all(constraint(parameter))):
-            reason = f"its {name} is {_brief(parameter)}; it must be {constraint} and finite"
+            reason = f"its {name} is {brief(parameter)}; it must be {constraint} and finite"
             raise NotLinearGaussian(function, site.name, reason, site.location)
     error, white, log_determinant = _whiten(site)
     if not np.all(np.isfinite(white)) or not np.isfinite(log_determinant):
@@ -125,7 +125,8 @@ def _whiten(site: Site) -> tuple[np.ndarray, np.ndarray, float]:
     return error, np.linalg.solve(root, error), float(2 * np.sum(np.log(np.diag(root))))
 
 
-def _brief(parameter: Any) -> str:
+def brief(parameter: Any) -> str:
+    """The first few entries of a parameter."""
     values = np.ravel(np.asarray(parameter))
     shown = ", ".join(f"{value:.4g}" for value in values[:4])
     return shown if len(values) <= 4 else f"[{shown}, ...]"
@@ -133,7 +134,7 @@ def _brief(parameter: Any) -> str:
 
 def _parameters(base: Any) -> str:
     found = {name: base.__dict__.get(name) for name in base.arg_constraints}
-    return ", ".join(f"{k} = {_brief(v)}" for k, v in found.items() if v is not None)
+    return ", ".join(f"{k} = {brief(v)}" for k, v in found.items() if v is not None)
 
 
 def check_steps(

@@ -8,12 +8,15 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from design_models import DesignModel, ModelError
 from design_models.policy import Exact, Policy
 
+from .admission import admission, check_inputs
 from .extraction import (
     affine_map,
     arrange_observed,
@@ -130,8 +133,10 @@ class ExactFilter:
                 observed site of `transition`, then of `observe`, flattened.
 
         Raises:
-            ModelError: `form="factor"` with a policy other than exact.
+            ModelError: `form="factor"` with a policy other than exact; or a site's parameter is
+                not finite or outside its constraint at some step (not seen while JAX traces).
         """
+        self.check(inputs, observed)
         policy = Exact() if policy is None else policy
         if form == "factor" and not isinstance(policy, Exact):
             raise ModelError("`form` is 'factor'; that form is for the exact policy only.")
@@ -164,7 +169,12 @@ class ExactFilter:
         )
 
     def absorb(self, inputs: Mapping[str, Array], policy: Policy | None = None) -> Belief:
-        """Only the belief after the last step: `run` without what it keeps of every step."""
+        """Only the belief after the last step: `run` without what it keeps of every step.
+
+        Raises:
+            ModelError: as `run`.
+        """
+        self.check(inputs)
         prior = self.initial()
         chosen = Exact() if policy is None else policy
 
@@ -179,13 +189,42 @@ class ExactFilter:
         return jax.vmap(lambda u: jnp.concatenate(observed_values(self.proof, u)))(dict(inputs))
 
     def forecast(self, belief: Belief, inputs: Mapping[str, Array]) -> tuple[Belief, Prediction]:
-        """Beliefs and read-outs at later steps when nothing more is observed."""
+        """Beliefs and read-outs at later steps when nothing more is observed.
+
+        Raises:
+            ModelError: as `run`.
+        """
+        check_inputs(self.proof, self._admission, inputs, values_are_used=False)
 
         def body(belief, u):
             belief = predict(belief, self.coefficients(u))
             return belief, (belief, self.read(belief, u))
 
         return jax.lax.scan(body, belief, dict(inputs))[1]
+
+    def check(
+        self, inputs: Mapping[str, Array], observed: Float[Array, "time seen"] | None = None
+    ) -> None:
+        """Refuse inputs at which the model has no density at some step.
+
+        Inside `jax.jit` and other transformations values are unknown, and nothing is checked.
+
+        Raises:
+            ModelError: with function, site, step, parameter and its value.
+        """
+        check_inputs(self.proof, self._admission, inputs, values_are_used=observed is None)
+        if observed is None or isinstance(observed, Tracer):
+            return
+        missing = ~np.isfinite(observed).all(axis=-1)
+        if missing.any():
+            raise ModelError(
+                f"`observed` is not finite at step {np.argmax(missing) + 1}; give a missing entry "
+                "a large noise variance."
+            )
+
+    @cached_property
+    def _admission(self) -> Any:
+        return admission(self.proof)
 
     # -- shapes ------------------------------------------------------------------------------
 

@@ -24,7 +24,11 @@ def smooth(exact: ExactFilter, inputs: Mapping[str, Array]) -> Belief:
 
     Returns:
         A `Belief` with a leading time axis; exact.
+
+    Raises:
+        ModelError: as `ExactFilter.run`.
     """
+    exact.check(inputs)
     steps = jax.vmap(exact.coefficients)(dict(inputs))
     observed = jax.vmap(exact.observed)(dict(inputs))
 
