@@ -2,7 +2,7 @@
 
 import platform
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from design_models.policy import Policy
@@ -81,4 +81,11 @@ class Certificate:
 
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that take part in a verification."""
-    return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
+    return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

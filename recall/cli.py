@@ -177,6 +177,22 @@ def _parser() -> argparse.ArgumentParser:
         help="entries of keys and values (default 8 16 32 64)",
     )
     recall.add_argument("--seed", type=_seed, default=0, help="seed of the tokens' directions")
+
+    bench = _command(
+        commands,
+        "bench",
+        _bench,
+        "time the scans, forward and with gradients, beside a peer where it is installed",
+        "mbd bench delta gla --json results/bench.json",
+    )
+    bench.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="comparisons: exact, delta, ssd, gla, kda, length, parallel; none: all that suit the "
+        "device",
+    )
+    bench.add_argument("--seed", type=_seed, default=0, help="seed of the streams (default 0)")
     return parser
 
 
@@ -368,6 +384,32 @@ def _recall(request: argparse.Namespace) -> tuple[int, Any]:
         config,
         [asdict(score) for score in scores],
         command=shlex.join(["mbd", "recall", *words]),
+        seed=request.seed,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _bench(request: argparse.Namespace) -> tuple[int, Any]:
+    import jax
+
+    from design_models import ModelError
+
+    from . import bench
+    from .records import record
+    from .reports import bench_table
+
+    known = sorted({comparison.name for comparison in bench.COMPARISONS})
+    unknown = [name for name in request.names if name not in known]
+    if unknown:
+        raise ModelError(f"there is no comparison {unknown[0]!r}; known: {', '.join(known)}.")
+    start = time.perf_counter()
+    with jax.enable_x64(False), _Status("timing") as status:
+        timings = bench.run(request.names, seed=request.seed, progress=status.stage)
+    _console().print(bench_table(timings))
+    return HELD, record(
+        {"names": request.names, "repeats": bench.REPEATS},
+        bench.as_records(timings),
+        command=shlex.join(["mbd", "bench", *request.names, "--seed", str(request.seed)]),
         seed=request.seed,
         seconds=time.perf_counter() - start,
     )

@@ -11,6 +11,7 @@ from rich.text import Text
 from design_models import CATALOGUE
 from inference.update_check import UpdateVerdict
 
+from .bench import Timing
 from .untrained import NOISE_RATIO, RecallScore
 from .verification import ORACLES, Outcome, worst_check
 
@@ -138,6 +139,30 @@ def catalogue_table() -> Table:
             ", ".join(entry.paths),
             entry.paper,
             entry.note,
+        )
+    return table
+
+
+def bench_table(timings: Sequence[Timing]) -> Table:
+    """Milliseconds, megabytes, and ratios to each comparison's first line."""
+    table = Table(title="speed and memory, ratios to the first of each", title_justify="left")
+    for heading in ("comparison", "shape B,T,H,K=V", "contender"):
+        table.add_column(heading)
+    for heading in ("forward ms", "ratio", "with gradient ms", "ratio", "memory MB", "ratio"):
+        table.add_column(heading, justify="right")
+
+    def cells(number: float | None, ratio: float | None) -> tuple[str, str]:
+        return ("–", "–") if number is None or ratio is None else (f"{number:.1f}", f"{ratio:.2f}")
+
+    for timing in timings:
+        shape = timing.shape
+        table.add_row(
+            timing.comparison,
+            f"{shape.batch},{shape.time},{shape.heads},{shape.width}",
+            timing.contender,
+            *cells(timing.forward_ms, timing.forward_ratio),
+            *cells(timing.gradient_ms, timing.gradient_ratio),
+            *cells(timing.memory_mb, timing.memory_ratio),
         )
     return table
 

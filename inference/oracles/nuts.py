@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from arviz_stats.base.array import array_stats
 from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro.infer import MCMC, NUTS
 
@@ -73,6 +72,7 @@ def sampler(model: DesignModel) -> Callable[[Mapping[str, Array], Seen, int], Po
         return *jax.vmap(jax.vmap(program.outcome))(latents), divergences
 
     def sample(inputs: Mapping[str, Array], seen: Seen, seed: int) -> Posterior:
+        array_stats = _arviz()
         for lengthen in (1, 4):
             memory, output, divergences = (
                 np.asarray(part) for part in run(inputs, seen, jax.random.key(seed), lengthen)
@@ -131,6 +131,16 @@ def compare(
 
 def scores(statistic: Float[np.ndarray, "chain draw statistic"]) -> Float[np.ndarray, " statistic"]:
     """Z scores of statistics whose mean should be zero, by ArviZ's Monte Carlo error."""
-    found: Any = array_stats.mcse(statistic, chain_axis=0, draw_axis=1, method="mean")
+    found: Any = _arviz().mcse(statistic, chain_axis=0, draw_axis=1, method="mean")
     error = np.asarray(found, float)
     return np.mean(statistic, axis=(0, 1)) / error
+
+
+def _arviz() -> Any:
+    """ArviZ's statistics of plain arrays, imported where chains are judged and nowhere else.
+
+    Layers compile filters that were verified elsewhere, on machines that need no ArviZ.
+    """
+    from arviz_stats.base.array import array_stats
+
+    return array_stats
