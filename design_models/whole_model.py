@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 from numpyro import handlers
+from numpyro.distributions.distribution import validation_enabled
 from numpyro.primitives import Messenger
 
 from .design_model import DesignModel
@@ -85,13 +86,6 @@ def from_scan(
         return draw_named(wanted, rng, steps, _VALUE_WIDTH, _KEY_WIDTH)
 
     example = draw(jax.random.key(0), _STEPS)
-    body, memory, scanned, before = _reach(model, names, example)
-    _refuse_afterwards(model, names, example, before)
-
-    def sequence_inputs(rng: PRNGKeyArray, steps: int) -> dict[str, Array]:
-        drawn = draw(rng, steps)
-        named = _named(_reach(model, names, drawn)[2])
-        return {**named, **({"query": drawn["query"]} if "query" in drawn else {})}
 
     def prior() -> Any:
         try:
@@ -101,10 +95,28 @@ def from_scan(
             return reached.args[1]
         raise ModelError("the model calls no `numpyro.contrib.control_flow.scan`.")
 
+    try:
+        body, memory, scanned, before = _reach(model, names, example)
+    except ModelError:
+        raise
+    except Exception as error:
+        return _failing(prior, lambda memory, u: memory, draw, error)
+
+    def sequence_inputs(rng: PRNGKeyArray, steps: int) -> dict[str, Array]:
+        drawn = draw(rng, steps)
+        named = _named(_reach(model, names, drawn)[2])
+        return {**named, **({"query": drawn["query"]} if "query" in drawn else {})}
+
     def step(memory: Any, u: Mapping[str, Array]) -> Any:
         carried, _ = body(memory, _unnamed(scanned, u))
         return carried
 
+    try:
+        _refuse_afterwards(model, names, example, before)
+    except ModelError:
+        raise
+    except Exception as error:
+        return _failing(prior, step, sequence_inputs, error)
     site = _memory_site(step, memory, sequence_inputs)
     if site is None:
         return DesignModel(prior, step, lambda memory, u: None, inputs=sequence_inputs)
@@ -114,10 +126,22 @@ def from_scan(
             return step(memory, u)
 
     def observe(memory: Any, u: Mapping[str, Array]) -> None:
-        with _SplitStep(memory_site=site, memory=memory):
-            step(jax.tree.map(jnp.zeros_like, memory), u)
+        # What is observed must not depend on the past, at any input: nothing would be known of it.
+        past = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), memory)
+        with validation_enabled(False), _SplitStep(memory_site=site, memory=memory):
+            step(past, u)
 
     return DesignModel(prior, transition, observe, inputs=sequence_inputs)
+
+
+def _failing(prior: Callable, step: Callable, inputs: Callable, error: Exception) -> DesignModel:
+    """A model that raised `error` when run on numbers: whoever derives it says what it is."""
+
+    def transition(memory: Any, u: Mapping[str, Array]) -> Any:
+        step(memory, u)
+        raise error
+
+    return DesignModel(prior, transition, lambda memory, u: None, inputs=inputs)
 
 
 def _parameters(model: Callable[..., Any]) -> tuple[str, ...]:
@@ -136,7 +160,8 @@ def _call(model: Callable[..., Any], names: tuple[str, ...], inputs: Mapping[str
     missing = [name for name in names if name not in inputs]
     if missing:
         raise ModelError(f"the model takes {missing}, which have no default; pass `inputs=`.")
-    return model(**{name: inputs[name] for name in names}) if names else model(dict(inputs))
+    with validation_enabled(False):  # parameters are checked when the model is derived
+        return model(**{name: inputs[name] for name in names}) if names else model(dict(inputs))
 
 
 def _reach(model, names, inputs) -> tuple[Callable, Any, Any, set[str]]:
@@ -210,7 +235,7 @@ def _memory_site(step: Callable, memory: Any, inputs: Callable) -> str | None:
 
     def carried_site(memory: Any) -> str | None:
         split = _SplitStep()
-        with handlers.block(), handlers.seed(rng_seed=0), split:
+        with validation_enabled(False), handlers.block(), handlers.seed(rng_seed=0), split:
             carried = step(memory, u)
         return next((name for name, value in split.sites.items() if value is carried), None)
 
@@ -220,7 +245,8 @@ def _memory_site(step: Callable, memory: Any, inputs: Callable) -> str | None:
 
     def observed(previous: Any, seed: int) -> list[Array]:
         given = _SplitStep(memory_site=site, memory=jnp.ones_like(memory))
-        with handlers.block(), handlers.seed(rng_seed=seed), handlers.trace() as met, given:
+        seeded = handlers.seed(rng_seed=seed)
+        with validation_enabled(False), handlers.block(), seeded, handlers.trace() as met, given:
             step(previous, u)
         return [
             site["fn"].log_prob(jnp.ones_like(site["value"]))
@@ -229,7 +255,12 @@ def _memory_site(step: Callable, memory: Any, inputs: Callable) -> str | None:
         ]
 
     # The observation may depend on nothing but the new memory: compare two different pasts.
-    first = observed(jax.tree.map(jnp.zeros_like, memory), 0)
-    second = observed(jax.tree.map(lambda leaf: 2.0 + jnp.zeros_like(leaf), memory), 1)
-    alike = all(bool(jnp.allclose(a, b)) for a, b in zip(first, second, strict=True))
+    try:
+        first = observed(jax.tree.map(jnp.zeros_like, memory), 0)
+        second = observed(jax.tree.map(lambda leaf: 2.0 + jnp.zeros_like(leaf), memory), 1)
+    except (TypeError, ValueError):
+        return None  # a density that cannot be evaluated is refused when the model is derived
+    alike = all(
+        bool(jnp.allclose(a, b, equal_nan=True)) for a, b in zip(first, second, strict=True)
+    )
     return site if first and alike else None

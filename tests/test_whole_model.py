@@ -204,6 +204,24 @@ def test_an_observation_of_the_past_stays_in_the_transition():
     assert exact.structure.evidence_sees_memory
 
 
+def test_an_observation_that_turns_to_the_past_at_other_inputs_is_not_filtered():
+    """At the examples it is of the new memory alone; where it is not, nothing is said."""
+
+    def model(inputs):
+        def step(memory, u):
+            moved = drift_on(memory, u)
+            read(jnp.where(u["noise"] > 9, memory, moved), u)
+            return moved, None
+
+        scan(step, start(), inputs)
+
+    exact = draft(from_scan(model, draw))
+    inputs = exact.model.draw_inputs(jax.random.key(1), STEPS)
+    exact.run(inputs)
+    with pytest.raises(ModelError, match="`observe`, site 'value', step 3: its loc is nan"):
+        exact.run({**inputs, "noise": inputs["noise"].at[2].set(10.0)})
+
+
 def test_default_inputs_are_drawn_by_name():
     design = from_scan(inputs_by_name)
     drawn = design.draw_inputs(jax.random.key(0), STEPS)
