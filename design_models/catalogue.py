@@ -51,7 +51,7 @@ class Recurrence:
     def paths(self) -> tuple[str, ...]:
         """Compiled paths its filter qualifies for, slowest first."""
         fast = self.assumption == _REGRESSION  # rows share one covariance
-        return ("token", "chunked", "parallel", "kernel") if fast else ("token", "parallel")
+        return ("token", "chunked", "parallel") if fast else ("token", "parallel")
 
     def model(self, value_width: int = 3, key_width: int = 2) -> DesignModel:
         """Return the design model at these widths; small ones verify fastest.

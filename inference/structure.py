@@ -46,15 +46,15 @@ class Structure:
             return ("token", "parallel")
         if self.transition == "dense" or self.drift == "dense" or self.evidence or self.shifted:
             return ("token", "parallel")
-        return ("token", "chunked", "parallel", "kernel")
+        return ("token", "chunked", "parallel")
 
     @property
     def why_paths(self) -> str:
         """Why these paths and no others."""
-        if "kernel" in self.paths:
+        if "chunked" in self.paths:
             return (
                 "rows share one covariance, and decay and drift act on keys one by one: matrix "
-                "products within chunks, and the GPU kernel at widths 64 and 128"
+                "products within chunks of tokens, which may be combined in parallel"
             )
         if self.kind in ("scalar", "diagonal"):
             return "entries are filtered one by one: an elementwise scan, parallel in time"
@@ -66,7 +66,7 @@ class Structure:
                 if self.shifted
                 else "keys are mixed by the transition or the drift"
             )
-            return f"{reason}, so the chunked form and the GPU kernel do not apply"
+            return f"{reason}, so the chunked form does not apply"
         return "no covariance is shared by the rows, so the general filter is used"
 
 
