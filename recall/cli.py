@@ -55,14 +55,15 @@ def _run(request: argparse.Namespace) -> int:
     except (BrokenPipeError, KeyboardInterrupt):
         raise
     except (Exception, SystemExit) as error:  # of the user's own functions
-        return _wrong_request(request, error, _raised(error))
+        whose = "a function of the model" if request.name == "verify" else "the command"
+        return _wrong_request(request, error, _raised(error, whose))
     return code
 
 
-def _raised(error: BaseException) -> str:
+def _raised(error: BaseException, whose: str = "a function of the model") -> str:
     from .user_files import raised
 
-    return f"a function of the model {raised(error)} `--debug` shows the traceback."
+    return f"{whose} {raised(error)} `--debug` shows the traceback."
 
 
 @contextmanager

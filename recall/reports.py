@@ -11,7 +11,6 @@ from rich.text import Text
 from design_models import CATALOGUE
 from inference.update_check import UpdateVerdict
 
-from .bench import Timing
 from .untrained import NOISE_RATIO, RecallScore
 from .verification import ORACLES, Outcome, worst_check
 
@@ -143,7 +142,7 @@ def catalogue_table() -> Table:
     return table
 
 
-def bench_table(timings: Sequence[Timing]) -> Table:
+def bench_table(timings: Sequence[Any]) -> Table:  # bench.Timing, whose module is slow to load
     """Milliseconds, megabytes, and ratios to each comparison's first line."""
     table = Table(title="speed and memory, ratios to the first of each", title_justify="left")
     for heading in ("comparison", "shape B,T,H,K=V", "contender"):
