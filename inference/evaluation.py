@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PRNGKeyArray
+from numpyro import distributions as dist
 from numpyro.distributions import constraints
 
 from .errors import NotLinearGaussian, NotSupported
@@ -111,13 +112,23 @@ def _check_site(function: str, site: Site) -> float:
 def _whiten(site: Site) -> tuple[np.ndarray, np.ndarray, float]:
     """Error from the claimed mean, the same in standard deviations, and log det covariance."""
     shape = jnp.shape(site.value)
-    mean, noise = moments(site.distribution, shape)
-    error = np.ravel(site.value - mean)
-    if noise.elementwise:
-        deviation = np.ravel(noise.apply(jnp.ones(shape, float)))
+    if type(innermost(site.distribution)) is dist.Normal:
+        mean, noise = moments(site.distribution, shape)
+        error, deviation = (
+            np.ravel(site.value - mean),
+            np.ravel(noise(jnp.ones(shape, float))),
+        )
         with np.errstate(all="ignore"):
             return error, error / deviation, float(2 * np.sum(np.log(deviation)))
-    factor = np.asarray(jax.vmap(lambda d: jnp.ravel(noise.apply(d)))(jnp.eye(error.size)))
+
+    @jax.jit
+    def apart(value: Array) -> tuple[Array, Array]:
+        mean, noise = moments(site.distribution, shape)
+        units = jnp.eye(value.size)
+        rows = jax.vmap(lambda unit: jnp.ravel(noise(unit.reshape(shape))))(units)
+        return jnp.ravel(value - mean), rows
+
+    error, factor = map(np.asarray, apart(site.value))
     covariance = factor.T @ factor
     if not np.all(np.isfinite(covariance)) or np.linalg.eigvalsh(covariance)[0] <= 0:
         return error, np.full_like(error, np.nan), np.nan

@@ -1,8 +1,8 @@
 """The exact filter of a design model, ready to run."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import equinox as eqx
@@ -140,7 +140,22 @@ class ExactFilter:
         policy = Exact() if policy is None else policy
         if form == "factor" and not isinstance(policy, Exact):
             raise ModelError("`form` is 'factor'; that form is for the exact policy only.")
-        steps = jax.vmap(self.coefficients)(dict(inputs))
+        if (policy, form) not in self._compiled:
+            self._compiled[policy, form] = jax.jit(partial(self._filter, policy, form))
+        return self._compiled[policy, form](dict(inputs), observed)
+
+    @cached_property
+    def _compiled(self) -> dict[tuple[Policy, str], Callable[..., Filtered]]:
+        return {}
+
+    def _filter(
+        self,
+        policy: Policy,
+        form: str,
+        inputs: Mapping[str, Array],
+        observed: Float[Array, "time seen"] | None,
+    ) -> Filtered:
+        steps = jax.vmap(self.coefficients)(inputs)
         values = self.observations(inputs) if observed is None else observed
         split = sum(site.size for site in self.proof.transition.observed)
         arranged = jax.vmap(lambda y: arrange_observed(self.partition, y[:split], y[split:]))(
@@ -158,8 +173,8 @@ class ExactFilter:
             plain = Belief(belief.mean, belief.covariance)
             return belief, (plain, added)
 
-        _, (beliefs, log_evidence) = jax.lax.scan(body, start, (steps, arranged, dict(inputs)))
-        predictions = jax.vmap(self.read)(beliefs, dict(inputs))
+        _, (beliefs, log_evidence) = jax.lax.scan(body, start, (steps, arranged, inputs))
+        predictions = jax.vmap(self.read)(beliefs, inputs)
         return Filtered(
             jax.vmap(self.memory)(beliefs.mean),
             jax.vmap(self.shown_covariance)(beliefs.covariance),

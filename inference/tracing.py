@@ -235,19 +235,15 @@ def run_with_draws(
         if name not in draws:
             return None
         mean, noise = moments(distribution, draws[name].shape)
-        return mean + noise.apply(draws[name])
+        return mean + noise(draws[name])
 
     watch = _Watch(function, value)
     returned = _run(function, call, arguments, watch)
     return returned, watch.sites
 
 
-@dataclass(frozen=True)
-class Noise:
-    """The map from standard normal draws to a site's noise; `elementwise` where it is diagonal."""
-
-    apply: Callable[[Array], Array]
-    elementwise: bool
+Noise = Callable[[Array], Array]
+"""The map from standard normal draws to a site's noise."""
 
 
 def moments(distribution: dist.Distribution, shape: tuple[int, ...]) -> tuple[Array, Noise]:
@@ -261,7 +257,7 @@ def moments(distribution: dist.Distribution, shape: tuple[int, ...]) -> tuple[Ar
     if type(base) is dist.Normal:
         mean = jnp.broadcast_to(distribution.mean, shape)
         deviation = jnp.broadcast_to(jnp.sqrt(distribution.variance), shape)
-        return mean, Noise(lambda draws: deviation * draws, elementwise=True)
+        return mean, lambda draws: deviation * draws
     size = math.prod(shape)
 
     def log_density(value: Array) -> Array:
@@ -276,4 +272,4 @@ def moments(distribution: dist.Distribution, shape: tuple[int, ...]) -> tuple[Ar
         white = jax.scipy.linalg.solve_triangular(factor, draws.ravel(), lower=True, trans=1)
         return white.reshape(shape)
 
-    return mean.reshape(shape), Noise(noise, elementwise=False)
+    return mean.reshape(shape), noise
