@@ -58,9 +58,9 @@ def additive_scan(
 def chunk_states(
     initial: Float[Array, "*state"],
     kept: Float[Array, "chunk key"],
-    written: Float[Array, "chunk *state"],
+    written: Float[Array, " chunk *state"],
     algorithm: Algorithm,
-) -> tuple[Float[Array, "*state"], Float[Array, "chunk *state"]]:
+) -> tuple[Float[Array, "*state"], Float[Array, " chunk *state"]]:
     """The last state, and the state at each chunk's start, of S ← S diag(kept) + written."""
     if algorithm == "parallel":
         kept = jnp.broadcast_to(

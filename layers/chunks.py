@@ -24,6 +24,20 @@ Rows = Float[Array, "chunk row"]
 Pairs = Float[Array, "chunk chunk"]
 
 
+class _Blocks(eqx.Module):
+    """Ratios of a decay per key.
+
+    Row block i reads column block j < i through the end of block i − 1.
+    """
+
+    inside: Float[Array, "block token token key"]  # α_t/α_s within a block
+    before: Float[Array, "block block token key"]  # [i, j]: from a token of j to the end of i − 1
+    after: Float[Array, "block token key"]  # from the end of the block before to a token
+
+    def squared(self) -> "_Blocks":
+        return jax.tree.map(jnp.square, self)
+
+
 class Decay(eqx.Module):
     """Decay within one chunk.
 
@@ -32,24 +46,29 @@ class Decay(eqx.Module):
             token has 0: its own decay acts on the prior, not on what the chunk holds.
         document: how many documents have started up to and including each token; None where none
             ever does.
+        shared: α_t/α_s where all keys share a decay.
+        blocks: the same where each key has its own.
     """
 
     steps: Float[Array, "chunk width"] | None
     document: Int[Array, " chunk"] | None
-
-    @property
-    def per_key(self) -> bool:
-        return self.steps is not None and self.steps.shape[-1] > 1
+    shared: Float[Array, "chunk chunk"] | None = None
+    blocks: _Blocks | None = None
 
 
 def within_chunk(
     log_decay: Float[Array, "chunk width"] | None, starts: Bool[Array, " chunk"] | None
 ) -> Decay:
     """A chunk's decays and documents."""
-    if starts is None:
-        return Decay(log_decay, None)
-    steps = None if log_decay is None else jnp.where(starts[:, None], 0, log_decay)
-    return Decay(steps, jnp.cumsum(starts.astype(jnp.int32)))
+    document, steps = None, log_decay
+    if starts is not None:
+        document = jnp.cumsum(starts.astype(jnp.int32))
+        steps = None if log_decay is None else jnp.where(starts[:, None], 0, log_decay)
+    if steps is None:
+        return Decay(None, document)
+    if steps.shape[-1] > 1:
+        return Decay(steps, document, blocks=_block_ratios(steps))
+    return Decay(steps, document, shared=_shared_ratios(steps))
 
 
 def _up_to(steps: Float[Array, "*block token width"]) -> Float[Array, "*block token width"]:
@@ -69,62 +88,61 @@ def same_document(decay: Decay) -> Bool[Array, "chunk chunk"] | None:
     return decay.document[:, None] == decay.document[None, :]
 
 
-def ratios(decay: Decay, chunk: int) -> Pairs:
+def ratios(decay: Decay, like: Float[Array, "chunk row"]) -> Pairs:
     """α_t/α_s for s ≤ t of one document, else 0; of a decay that all keys share."""
+    shared = decay.shared
+    if shared is None:
+        shared = jnp.tril(jnp.ones((len(like),) * 2, like.dtype))
+    return _masked(shared, decay)
+
+
+def _shared_ratios(steps: Float[Array, "chunk 1"]) -> Pairs:
+    chunk = len(steps)
     allowed = jnp.tril(jnp.ones((chunk, chunk), bool))
-    same = same_document(decay)
-    if same is not None:
-        allowed = allowed & same
-    if decay.steps is None:
-        return allowed.astype(float)
-    between = _up_to(jnp.tril(jnp.broadcast_to(decay.steps, (chunk, chunk)), -1))
+    between = _up_to(jnp.tril(jnp.broadcast_to(steps, (chunk, chunk)), -1))
     return jnp.exp(jnp.where(allowed, between, -jnp.inf))
 
 
 def decayed_products(left: Rows, right: Rows, decay: Decay) -> Pairs:
     r"""$\sum_j l_{tj} r_{sj} \alpha_{tj}/\alpha_{sj}$ for s ≤ t, else 0."""
-    chunk = left.shape[0]
-    if not decay.per_key:
-        weights = ratios(decay, chunk).astype(left.dtype)
-        return exact_product(left, right.T) * weights
-    inside, before, after = _block_ratios(decay)
-    blocks = len(inside)
+    if decay.blocks is None:
+        return exact_product(left, right.T) * ratios(decay, left)
+    ratio, chunk = decay.blocks, left.shape[0]
     left, right = _blocks(left), _blocks(right)
-    diagonal = jnp.sum(left[:, :, None] * right[:, None] * inside, axis=-1)
-    columns = (right[None] * before).reshape(blocks, chunk, -1)
-    across = exact_product(left * after, columns.mT).reshape(blocks, BLOCK, blocks, BLOCK)
+    blocks = len(left)
+    diagonal = jnp.sum(left[:, :, None] * right[:, None] * ratio.inside, axis=-1)
+    columns = (right[None] * ratio.before).reshape(blocks, chunk, -1)
+    across = exact_product(left * ratio.after, columns.mT)
+    across = across.reshape(blocks, BLOCK, blocks, BLOCK)
     return _masked(_assemble(diagonal, across), decay)
 
 
 def decayed_sums(weights: Pairs, rows: Rows, decay: Decay) -> Rows:
     r"""$\sum_{s \le t} w_{ts}\, r_{sj}\, \alpha_{tj}/\alpha_{sj}$, for lower-triangular weights."""
+    if decay.blocks is None:
+        return exact_product(weights * ratios(decay, rows), rows)
+    return _block_sums(_masked(weights, decay), rows, decay.blocks)
+
+
+def _block_sums(weights: Pairs, rows: Rows, ratio: _Blocks) -> Rows:
     chunk = rows.shape[0]
-    if not decay.per_key:
-        return exact_product(weights * ratios(decay, chunk).astype(rows.dtype), rows)
-    weights = _masked(weights, decay)
-    inside, before, after = _block_ratios(decay)
-    blocks = len(inside)
+    rows = _blocks(rows)
+    blocks = len(rows)
     tiles = weights.reshape(blocks, BLOCK, blocks, BLOCK).transpose(0, 2, 1, 3)
     own = tiles[jnp.arange(blocks), jnp.arange(blocks)]
-    rows = _blocks(rows)
-    diagonal = jnp.sum(own[..., None] * rows[:, None] * inside, axis=2)
+    diagonal = jnp.sum(own[..., None] * rows[:, None] * ratio.inside, axis=2)
     below = jnp.tril(jnp.ones((blocks, blocks), rows.dtype), -1)[:, :, None, None]
     left = (tiles * below).transpose(0, 2, 1, 3).reshape(blocks, BLOCK, chunk)
-    right = (rows[None] * before).reshape(blocks, chunk, -1)
-    return (diagonal + after * exact_product(left, right)).reshape(chunk, -1)
+    right = (rows[None] * ratio.before).reshape(blocks, chunk, -1)
+    return (diagonal + ratio.after * exact_product(left, right)).reshape(chunk, -1)
 
 
 def _blocks(rows: Rows) -> Float[Array, "block token row"]:
     return rows.reshape(-1, BLOCK, rows.shape[-1])
 
 
-def _block_ratios(decay: Decay):
-    """Ratios inside blocks; from a token to the end before a later block; from there to its tokens.
-
-    Row block i reads column block j < i through the end of block i − 1.
-    """
-    assert decay.steps is not None
-    steps = _blocks(decay.steps)
+def _block_ratios(steps: Float[Array, "chunk key"]) -> _Blocks:
+    steps = _blocks(steps)
     blocks, width = len(steps), steps.shape[-1]
     later = jnp.tril(jnp.ones((BLOCK, BLOCK), bool), -1)[None, :, :, None]
     # [block, u, s, key]: the steps after s, summed over u ≤ t.
@@ -137,7 +155,7 @@ def _block_ratios(decay: Decay):
     gaps = exact_product(skipped, steps.sum(axis=1))
     below = jnp.tril(jnp.ones((blocks, blocks), bool), -1)[:, :, None, None]
     before = jnp.exp(jnp.where(below, _later(steps)[None] + gaps[:, :, None], -jnp.inf))
-    return inside, before, jnp.exp(_up_to(steps))
+    return _Blocks(inside, before, jnp.exp(_up_to(steps)))
 
 
 def _assemble(diagonal: Array, across: Array) -> Pairs:
@@ -195,20 +213,12 @@ def accumulated(
     drift: Float[Array, "chunk other_width"], decay: Decay
 ) -> Float[Array, "chunk broad"]:
     r"""Variance that drift has added since the chunk's start, $c_t = a_t^2 c_{t-1} + q_t$."""
-    if not decay.per_key:
-        squared = ratios(decay, len(drift)).astype(drift.dtype) ** 2
-        return exact_product(squared, drift)
+    if decay.blocks is None:
+        return exact_product(ratios(decay, drift) ** 2, drift)
     assert decay.steps is not None
-    kept = jnp.exp(2 * decay.steps)
-    if decay.document is not None:
-        begins = jnp.diff(decay.document, prepend=0) > 0
-        kept = jnp.where(begins[:, None], 0, kept)
-    drift = jnp.broadcast_to(drift, kept.shape)
-
-    def combine(earlier, later):
-        return later[0] * earlier[0], later[0] * earlier[1] + later[1]
-
-    return jax.lax.associative_scan(combine, (kept, drift))[1]
+    drift = jnp.broadcast_to(drift, decay.steps.shape)
+    every = jnp.tril(jnp.ones((len(drift),) * 2, drift.dtype))
+    return _block_sums(_masked(every, decay), drift, decay.blocks.squared())
 
 
 def chunk_length(time: int) -> int:
@@ -219,7 +229,7 @@ def chunk_length(time: int) -> int:
     return length
 
 
-def cut(array: Array, length: int, filler: float | bool = 0) -> Array:
+def cut(array: Array, length: int, filler: float | int | bool = 0) -> Array:
     """(time, ...) as (chunk, token, ...), padded with `filler`."""
     time = array.shape[0]
     padding = [(0, -time % length)] + [(0, 0)] * (array.ndim - 1)

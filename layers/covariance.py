@@ -30,9 +30,11 @@ $$ P_C = \Psi^\top P_0 \Psi + B^\top \mathrm{diag}(r)\, B + \mathrm{diag}(c_C) -
 minimum over B: an error in B counts by its square. Where a document starts inside the chunk, the
 last document's prior takes the place of P0 and its first token that of the chunk's start.
 
-**Gradient.** δP_C = Ψᵀ δP0 Ψ, so the backward pass over chunks is a recursion of K×K products
-alone, $\bar P_0 = \Psi \bar P_C \Psi^\top$ + what this chunk's own outputs ask of P0. The rest is
-done for all chunks at once. Only the covariances at chunk starts are kept.
+**Gradient.** A chunk's closed loop Ψ = diag(α_C) − k̃ᵀ (G + r)⁻¹ Lα U has δP_C = Ψᵀ δP0 Ψ, so
+$\bar P_0 = \Psi \bar P_C \Psi^\top$ + what the chunk's own outputs ask of P0. Passing through the
+chunks in turn, each is computed again and pulled back at once, which keeps one covariance a chunk
+and one chunk's intermediates. In parallel the own parts are found for all chunks at once, and the
+recursion in Ψ is combined in a tree.
 
 Source: Kalman (1960) in array form; the chunk identities are checked in tests/test_scans.py.
 """
@@ -50,6 +52,7 @@ from .chunks import (
     decayed_products,
     decayed_sums,
     from_start,
+    last_document,
     to_end,
     whole,
     within_chunk,
@@ -135,6 +138,7 @@ def _with_restarts(chunk: Uncertainty) -> Float[Array, "token width"] | None:
     """Variance added before each write, a document's prior among it."""
     if chunk.starts is None:
         return chunk.drift
+    assert chunk.restart is not None
     drift = 0 if chunk.drift is None else chunk.drift
     return jnp.where(chunk.starts[:, None], chunk.restart, drift)
 
@@ -233,23 +237,25 @@ def _scan_primal(algorithm: Algorithm, initial: Square, chunks: Uncertainty):
 def _backward(algorithm: Algorithm, residuals, cotangents):
     starts, chunks = residuals
     of_last, of_gains = cotangents
+    if algorithm == "parallel":
+        return _backward_in_parallel(starts, chunks, of_last, of_gains)
 
+    def body(of_end, moment):
+        start, chunk, of_gains = moment
+        _, pull = jax.vjp(lambda *inputs: through_chunk(*inputs)[:2], start, chunk)
+        return pull((of_end, of_gains))
+
+    return jax.lax.scan(body, of_last, (starts, chunks, of_gains), reverse=True)
+
+
+def _backward_in_parallel(starts, chunks, of_last, of_gains):
     def chunk_map(starts, chunks):
         after, gains, loop = jax.vmap(through_chunk)(starts, chunks)
         return (after, gains), loop.closed
 
     _, pull, closed = jax.vjp(chunk_map, starts, chunks, has_aux=True)
     own, _ = pull((jnp.zeros_like(starts), of_gains))
-    if algorithm == "parallel":
-        of_ends, of_initial = _ends_in_parallel(of_last, closed, own)
-    else:
-
-        def body(of_end, chunk):
-            closed, own = chunk
-            of_start = exact_product(exact_product(closed, of_end), closed.T) + own
-            return of_start, of_end
-
-        of_initial, of_ends = jax.lax.scan(body, of_last, (closed, own), reverse=True)
+    of_ends, of_initial = _ends_in_parallel(of_last, closed, own)
     _, of_chunks = pull((of_ends, of_gains))
     return of_initial, of_chunks
 

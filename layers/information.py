@@ -11,10 +11,10 @@ K×K Cholesky a token, exact where MesaNet iterates conjugate gradients.
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from .additive import chunk_states
-from .chunks import Decay, cut, from_start, join, ratios, to_end, whole, within_chunk
+from .chunks import cut, from_start, join, ratios, to_end, whole, within_chunk
 from .covariance import Algorithm
 from .precision import exact_product
 from .stream import Belief, Reading, Stream
@@ -23,7 +23,20 @@ from .token import log_density
 _TOGETHER = 4  # chunks that are solved at once: their precisions are (chunk, token, key, key)
 
 
+class _Chunk(eqx.Module):
+    """What is written and read, chunk by chunk."""
+
+    key: Float[Array, "*chunks token key"]
+    value: Float[Array, "*chunks token value"]
+    query: Float[Array, "*chunks token key"]
+    noise: Float[Array, "*chunks token"]
+    log_rate: Float[Array, "*chunks token 1"]
+    starts: Bool[Array, "*chunks token"] | None
+
+
 class _Natural(eqx.Module):
+    """Natural parameters at chunk starts, the prior's precision apart."""
+
     excess: Float[Array, "*chunks key key"]
     information: Float[Array, "*chunks value key"]
 
@@ -51,18 +64,17 @@ def forget_scan(
     restored = jnp.linalg.inv(prior.covariance)
     precision = jnp.linalg.inv(initial.covariance)
     rate = jnp.ones_like(stream.noise) if stream.rate is None else stream.rate
-    chunks = Stream(
+    chunks = _Chunk(
         cut(stream.key, length),
         cut(stream.value, length),
         cut(stream.query, length),
-        cut(stream.noise, length, 1),
-        cut(jnp.log(rate), length),
-        None,
+        cut(stream.noise, length, 1.0),
+        cut(jnp.log(rate)[:, None], length),
         None if stream.starts is None else cut(stream.starts, length),
     )
 
-    def written(chunk: Stream):
-        decay = _decay(chunk)
+    def written(chunk: _Chunk):
+        decay = within_chunk(chunk.log_rate, chunk.starts)
         weighted = to_end(chunk.key, decay) / chunk.noise[:, None]
         kept = jnp.broadcast_to(whole(decay, weighted), weighted.shape[1:])
         return kept, exact_product(weighted.T, chunk.key), exact_product(chunk.value.T, weighted)
@@ -87,17 +99,10 @@ def forget_scan(
     return Belief(exact_product(information, covariance), covariance), reading
 
 
-def _decay(chunk: Stream) -> Decay:
-    assert chunk.log_decay is not None
-    if chunk.starts is None:
-        return within_chunk(chunk.log_decay[:, None], None)
-    return within_chunk(chunk.log_decay[:, None], chunk.starts)
-
-
-def _read(start: _Natural, chunk: Stream, restored: Float[Array, "key key"]):
-    decay = _decay(chunk)
+def _read(start: _Natural, chunk: _Chunk, restored: Float[Array, "key key"]):
+    decay = within_chunk(chunk.log_rate, chunk.starts)
     length, width = chunk.key.shape
-    earlier = jnp.tril(ratios(decay, length), -1) / chunk.noise
+    earlier = jnp.tril(ratios(decay, chunk.key), -1) / chunk.noise
     seen = from_start(jnp.ones((length, 1), chunk.key.dtype), decay)
     outer = (chunk.key[:, :, None] * chunk.key[:, None, :]).reshape(length, -1)
     excess = seen * start.excess.ravel() + exact_product(earlier, outer)

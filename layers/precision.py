@@ -24,8 +24,8 @@ LARGEST_RATIO = 1e4
 """Largest variance over noise in which the float32 covariance path holds its tolerance."""
 
 
-def state_dtype(*arrays: Array):
-    """float64 where an input is, else float32."""
+def state_dtype(*arrays: Array | float):
+    """float64 where an array is, else float32."""
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 

@@ -13,8 +13,9 @@ from design_models.policy import Reset as Reset
 
 
 class Restored(eqx.Module):
-    r"""Between reset and exact: $P^- = \lambda\,(\mathrm{diag}(a)P\,\mathrm{diag}(a) + q) +
-    (1-\lambda)\,\sigma^2 I$.
+    r"""Between reset and exact.
+
+    $$ P^- = \lambda\,(\mathrm{diag}(a)P\,\mathrm{diag}(a) + q) + (1-\lambda)\,\sigma^2 I $$
 
     Args:
         restoration: λ in [0, 1], one number or one a token; 0 is `Reset`, 1 is `Exact`.
@@ -27,8 +28,9 @@ class Restored(eqx.Module):
 
 @dataclass(frozen=True)
 class Additive:
-    r"""Design model B: evidence about writes, $M = M\,\mathrm{diag}(a) + v k^\top$,
-    $P = a^2 P + q r/(q + r)$; without drift or noise the memory is taken as certain.
+    r"""Design model B: evidence about writes; without drift they are taken as certain.
+
+    $$ M = M\,\mathrm{diag}(a) + v k^\top,\quad P = a^2 P + q r/(q + r) $$
     """
 
 

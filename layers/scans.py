@@ -18,6 +18,7 @@ from .token import log_density, token_scan
 from .variances import diagonal_variances, isotropic_variances
 
 Algorithm = Literal["token", "chunked", "parallel"]
+EXACT = Exact()
 
 
 def initial_belief(
@@ -40,7 +41,7 @@ def initial_belief(
 def filter_scan(
     stream: Stream,
     prior_variance: Float[Array, "*width"] | float = 1.0,
-    rule: Rule = Exact(),
+    rule: Rule = EXACT,
     *,
     initial: Belief | None = None,
     algorithm: Algorithm = "chunked",
@@ -68,21 +69,26 @@ def filter_scan(
         ValueError: widths disagree, or the rule does not take several observations a token.
     """
     prior = initial_belief(rule, stream.value.shape[-1], stream.key.shape[-1], prior_variance)
-    initial = prior if initial is None else initial
-    check_widths(stream, initial)
+    state = state_dtype(*_floats(stream, initial), prior_variance)
+    start = prior if initial is None else initial
+    check_widths(stream, start)
     count = stream.observations
     if count > 1 and isinstance(rule, Diagonal | Isotropic):
         raise ValueError(
             f"`rule` is {rule}, which takes one observation a token; this stream has {count}."
         )
-    if isinstance(rule, Restored) and jnp.ndim(rule.restoration) == 1:
-        rule = Restored(jnp.repeat(rule.restoration, count), rule.variance)
-    stream = _cast(one_by_one(stream), state_dtype(*_floats(stream, initial)))
-    initial, prior = (_cast(belief, stream.key.dtype) for belief in (initial, prior))
+    if isinstance(rule, Restored):
+        restoration, variance = (
+            jnp.asarray(part, state) for part in (rule.restoration, rule.variance)
+        )
+        if restoration.ndim == 1:
+            restoration = jnp.repeat(restoration, count)
+        rule = Restored(restoration, variance)
+    stream, start, prior = (_cast(tree, state) for tree in (one_by_one(stream), start, prior))
     if algorithm == "token" or stream.length == 0:
-        last, reading = token_scan(stream, initial, prior, rule)
+        last, reading = token_scan(stream, start, prior, rule)
     else:
-        last, reading = _in_chunks(stream, initial, prior, rule, algorithm, dtype)
+        last, reading = _in_chunks(stream, start, prior, rule, algorithm, dtype)
     return last, by_token(reading, count)
 
 
@@ -179,12 +185,16 @@ def _exact_gains(stream: Stream, initial: Belief, prior: Belief, rule, algorithm
     restart = None
     if stream.starts is not None:
         assert prior.covariance is not None
-        scale = jnp.ones((stream.length, 1)) if log_decay is None else jnp.exp(2 * log_decay)
+        scale = (
+            jnp.ones((stream.length, 1), stream.key.dtype)
+            if log_decay is None
+            else jnp.exp(2 * log_decay)
+        )
         restart = scale * jnp.diagonal(prior.covariance) + (0 if drift is None else drift)
     chunks = Uncertainty(
         cut(stream.key, length),
         cut(stream.query, length),
-        cut(stream.noise, length, 1),
+        cut(stream.noise, length, 1.0),
         None if log_decay is None else cut(log_decay, length),
         None if drift is None else cut(drift, length),
         None if stream.starts is None else cut(stream.starts, length),
@@ -220,4 +230,3 @@ def _additive_variance(stream: Stream, initial: Belief, prior: Belief):
     _, before = chunk_states(initial.covariance, kept, added, "parallel")
     after = kept * before + added
     return after[-1], jnp.sum(after * stream.query**2, axis=-1)
-

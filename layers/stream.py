@@ -28,9 +28,9 @@ class Stream(eqx.Module):
     key: Float[Array, "time *observation key"]
     value: Float[Array, "time *observation value"]
     query: Float[Array, "time key"]
-    noise: Float[Array, "time *observation"]
-    log_decay: Float[Array, "time *width"] | None = None
-    drift: Float[Array, "time *other_width"] | None = None
+    noise: Float[Array, " time *observation"]
+    log_decay: Float[Array, " time *width"] | None = None
+    drift: Float[Array, " time *other_width"] | None = None
     starts: Bool[Array, " time"] | None = None
     rate: Float[Array, " time"] | None = None
 
@@ -59,7 +59,7 @@ class Belief(eqx.Module):
 
 
 class Reading(eqx.Module):
-    """What a head says at each token.
+    """What a head says at each token, or at one.
 
     Args:
         mean: M x.
@@ -68,12 +68,12 @@ class Reading(eqx.Module):
             sees no values (`Additive`).
     """
 
-    mean: Float[Array, "time value"]
-    variance: Float[Array, " time"]
-    log_evidence: Float[Array, " time"]
+    mean: Float[Array, "*time value"]
+    variance: Float[Array, "*time"]
+    log_evidence: Float[Array, "*time"]
 
 
-def per_key(width: Float[Array, "time *width"]) -> Float[Array, "time broad"]:
+def per_key(width: Float[Array, " time *width"]) -> Float[Array, "time broad"]:
     """A rate as (time, 1) or (time, key)."""
     return width[:, None] if width.ndim == 1 else width
 
@@ -93,11 +93,13 @@ def one_by_one(stream: Stream) -> Stream:
         rest = jnp.zeros((time, count - 1, *array.shape[1:]), array.dtype)
         return jnp.concatenate([rest, array[:, None]], axis=1).reshape(-1, *array.shape[1:])
 
+    noise = stream.noise[:, None] if stream.noise.ndim == 1 else stream.noise
+    noise = jnp.broadcast_to(noise, (time, count)).reshape(-1)
     return Stream(
         stream.key.reshape(-1, stream.key.shape[-1]),
         stream.value.reshape(-1, stream.value.shape[-1]),
         last(stream.query),
-        jnp.broadcast_to(stream.noise.reshape(time, -1), (time, count)).reshape(-1),
+        noise,
         None if stream.log_decay is None else first(stream.log_decay, 0),
         None if stream.drift is None else first(stream.drift, 0),
         None if stream.starts is None else first(stream.starts, False),

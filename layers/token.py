@@ -1,7 +1,11 @@
 r"""Every rule token by token, in one `lax.scan`: the definition that all other forms must equal.
 
 $$ P^- = \mathrm{rule}(P),\quad s = k^\top P^- k + r,\quad g = P^- k / s,\quad
-   M = M^- + (v - M^- k) g^\top,\quad P = P^- - s g g^\top,\quad y = M x,\quad x^\top P x $$
+   M = M^- + (v - M^- k) g^\top,\quad y = M x,\quad x^\top P x,\quad
+   P = (I - k g^\top)^\top P^- (I - k g^\top) + r\,g g^\top $$
+
+P is P⁻ − s g gᵀ in Joseph's form, in which an error of g counts by its square: the plain difference
+rounds at the size of P⁻, far above P where noise is small.
 
 Also how a memory decodes: `token_step` is one step of it.
 """
@@ -11,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .precision import exact_product
-from .rules import Additive, Diagonal, Exact, Forget, Isotropic, Reset, Restored, Rule
+from .rules import Additive, Diagonal, Forget, Isotropic, Reset, Restored, Rule
 from .stream import Belief, Reading, Stream
 
 Scalar = Float[Array, ""]
@@ -46,8 +50,9 @@ def token_step(
         rule: what is done to the covariance.
     """
     u, restoration = token
-    if u.starts is not None:
-        belief = jax.tree.map(lambda old, new: jnp.where(u.starts, new, old), belief, prior)
+    starts = u.starts
+    if starts is not None:
+        belief = jax.tree.map(lambda old, new: jnp.where(starts, new, old), belief, prior)
     decay = jnp.ones((), u.key.dtype) if u.log_decay is None else jnp.exp(u.log_decay)
     drift = jnp.zeros((), u.key.dtype) if u.drift is None else u.drift
     mean = belief.mean * decay
@@ -56,30 +61,43 @@ def token_step(
     mean, covariance = _predict(Belief(mean, belief.covariance), prior, u, decay, drift, rule)
     if isinstance(rule, Restored):
         assert restoration is not None
-        covariance = restoration * covariance
-        covariance += (1 - restoration) * rule.variance * jnp.eye(len(covariance))
-    width = u.key.shape[-1]
-    square = covariance if covariance.ndim == 2 else covariance * jnp.eye(width)
+        reset = rule.variance * jnp.eye(len(covariance), dtype=covariance.dtype)
+        covariance = restoration * covariance + (1 - restoration) * reset
+    square = _square(covariance, u)
     projected = exact_product(square, u.key)
     innovation_variance = projected @ u.key + u.noise
     gain = projected / innovation_variance
     innovation = u.value - mean @ u.key
     mean = mean + innovation[:, None] * gain
-    square = square - innovation_variance * gain[:, None] * gain
+    square = square - projected[:, None] * gain
+    left = u.noise * gain - exact_product(square.T, u.key)
+    square = square + gain[:, None] * left
+    square = (square + square.T) / 2
     after = _conclude(rule, covariance, square, u)
-    read = square if after is None or after.ndim == 2 else after * jnp.eye(width)
+    read = square if after is None else _square(after, u)
     variance = u.query @ exact_product(read, u.query)
     reading = Reading(mean @ u.query, variance, log_density(innovation, innovation_variance))
     return Belief(mean, after), reading
 
 
-def _predict(belief: Belief, prior: Belief, u: Stream, decay, drift, rule: Rule):
+def _square(covariance: Array, u: Stream) -> Array:
+    """A covariance, or variances, as a matrix."""
+    if covariance.ndim == 2:
+        return covariance
+    return covariance * jnp.eye(u.key.shape[-1], dtype=covariance.dtype)
+
+
+def _predict(
+    belief: Belief, prior: Belief, u: Stream, decay: Array, drift: Array, rule: Rule
+) -> tuple[Array, Array]:
     """Mean and covariance before the write."""
     width = u.key.shape[-1]
-    covariance, identity = belief.covariance, jnp.eye(width, dtype=u.key.dtype)
+    identity = jnp.eye(width, dtype=u.key.dtype)
+    if isinstance(rule, Reset):
+        return belief.mean, rule.variance * identity
+    covariance = belief.covariance
+    assert covariance is not None
     match rule:
-        case Reset(variance):
-            return belief.mean, variance * identity
         case Diagonal():
             return belief.mean, decay**2 * covariance + drift
         case Isotropic():
@@ -87,8 +105,9 @@ def _predict(belief: Belief, prior: Belief, u: Stream, decay, drift, rule: Rule)
     outer = jnp.broadcast_to(decay, (width,))
     covariance = outer[:, None] * covariance * outer + identity * drift
     if isinstance(rule, Forget):
-        kept = u.rate * jnp.linalg.inv(covariance)
-        restored = (1 - u.rate) * jnp.linalg.inv(prior.covariance)
+        rate = jnp.ones((), u.key.dtype) if u.rate is None else u.rate
+        kept = rate * jnp.linalg.inv(covariance)
+        restored = (1 - rate) * jnp.linalg.inv(prior.covariance)
         covariance = jnp.linalg.inv(kept + restored)
         information = belief.mean @ kept + prior.mean @ restored
         return information @ covariance, covariance
@@ -102,16 +121,19 @@ def _conclude(rule: Rule, prepared: Array, posterior: Array, u: Stream) -> Array
         case Reset():
             return None
         case Diagonal(count):
-            return 1 / (1 / prepared + (count or width) * u.key**2 / u.noise)
+            information = (count or width) * u.key**2 / u.noise
         case Isotropic(count):
-            return 1 / (1 / prepared + (count or width) * jnp.mean(u.key**2) / u.noise)
+            information = (count or width) * jnp.mean(u.key**2) / u.noise
         case _:
             return posterior
+    # 1/(1/p + information), also where p has decayed to 0.
+    return prepared / (1 + prepared * information)
 
 
 def _add(u: Stream, predicted: Belief, decay, drift) -> tuple[Belief, Reading]:
     mean = predicted.mean + u.value[:, None] * u.key
     kept = drift * u.noise / (drift + u.noise) if u.drift is not None else 0.0
+    assert predicted.covariance is not None
     variance = decay**2 * predicted.covariance + kept
     read = jnp.sum(variance * u.query**2)
     return Belief(mean, variance), Reading(mean @ u.query, read, jnp.zeros_like(read))

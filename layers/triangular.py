@@ -1,4 +1,4 @@
-r"""Inverses of small triangular matrices by matrix products, and a Cholesky factor with its inverse.
+r"""Inverses of small triangular matrices by matrix products, and Cholesky factors with theirs.
 
 Substitution is sequential, and batched triangular solves are slow on every device; doubling is a
 few matrix products,
