@@ -10,7 +10,7 @@ from . import links
 from .memory import StreamMemory
 from .mixer import SequenceMixer, Source
 from .precision import MeanDtype
-from .published import DRIFT_BIAS, SHORT_CONVOLUTION
+from .published import DRIFT_BIAS, SHORT_CONVOLUTION, head_widths
 from .rules import Exact
 from .scans import Algorithm
 from .sources import GatedDecay, PerHead, Projected
@@ -23,7 +23,7 @@ def unit_interval(number: Array) -> Array:
     return number + jax.lax.stop_gradient(jnp.clip(number, 0, 1) - number)
 
 
-def BayesianLayer(  # noqa: N802 (it makes a SequenceMixer, and is used as a class is)
+def BayesianLayer(  # it makes a SequenceMixer, and is used as a class is
     d_model: int,
     heads: int,
     *,
@@ -76,16 +76,8 @@ def BayesianLayer(  # noqa: N802 (it makes a SequenceMixer, and is used as a cla
         raise ValueError(f"`restoration` is {restoration}; it must lie between 0 and 1.")
     if learn_restoration and restoration is None:
         raise ValueError("`learn_restoration` needs a `restoration` to start from, 0 to 1.")
-    if (key_width is None or value_width is None) and d_model % heads:
-        raise ValueError(
-            f"`d_model` is {d_model}, no multiple of `heads`, {heads}; give `key_width` and "
-            "`value_width`."
-        )
-    if heads % (key_heads or heads):
-        raise ValueError(f"`heads` is {heads}; it must be a multiple of `key_heads`, {key_heads}.")
-    key_width, value_width = key_width or d_model // heads, value_width or d_model // heads
+    key_width, value_width, groups = head_widths(d_model, heads, key_width, value_width, key_heads)
     shapes: dict[Rate, tuple[int, ...]] = {"scalar": (), "key": (key_width,)}
-    groups = heads // (key_heads or heads)
     rng_mixer, *rngs = jax.random.split(rng, 7)
     convolved = {"taps": SHORT_CONVOLUTION}
     sources: dict[str, Source] = {

@@ -1,4 +1,4 @@
-r"""Coefficients of a certified regression memory, token by token, in a few evaluations of its model.
+r"""Coefficients of a certified regression memory at a token, in a few evaluations of its model.
 
 Where rows share one covariance and time acts on keys one by one, row 0 of the memory says it all:
 
@@ -90,14 +90,24 @@ def why_not(exact: ExactFilter) -> str:
         return structure.why_paths
     inputs = dict(exact.examples)
     with jax.enable_x64(True):
-        own = jax.jit(jax.vmap(lambda u: coefficients(exact, u)))(inputs)
-        steps = jax.jit(jax.vmap(exact.coefficients))(inputs)
-        reads = jax.jit(jax.vmap(lambda u: _reading(exact, u)))(inputs)
+
+        def at(u):
+            return coefficients(exact, u), exact.coefficients(u), _reading(exact, u)
+
+        own, steps, reads = jax.jit(jax.vmap(at))(inputs)
         prior = exact.initial()
-    if jnp.any(prior.mean != 0):
+    if np.any(np.abs(prior.mean) > 0):
         return "the prior's mean is not zero"
-    if not _same_steps(own, steps):
+    if np.any(_off_diagonal(np.asarray(prior.covariance[0]))):
+        return "keys are correlated in the prior"
+    given = steps.observation
+    assert given is not None
+    if any(
+        np.any(np.abs(_off_diagonal(noise)) > TOLERANCE) for noise in np.asarray(given.noise[:, 0])
+    ):
         return "the noise of a token's observations is correlated"
+    if not _same_steps(own, steps):
+        return "coefficients read at one row are not those of all"
     matrix, shift, noise = (np.asarray(part) for part in reads)
     expected = _rows_read_alike(np.asarray(own.query), exact.partition.states[0])
     if matrix.shape != expected.shape or not np.allclose(matrix, expected, atol=TOLERANCE):
@@ -108,6 +118,10 @@ def why_not(exact: ExactFilter) -> str:
     if not np.allclose(noise, alike, atol=TOLERANCE):
         return "outputs have noises of their own"
     return ""
+
+
+def _off_diagonal(matrix: np.ndarray) -> np.ndarray:
+    return matrix - np.diag(np.diagonal(matrix))
 
 
 def _same_steps(own: Coefficients, steps: Step) -> bool:

@@ -1,9 +1,12 @@
 """Certified filters as memories: the fast form where the structure allows, else the general one."""
 
+from dataclasses import replace
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from design_models import DesignModel
 from design_models.policy import Exact, Forget, Policy
@@ -13,9 +16,10 @@ from inference.exact_filter import ExactFilter
 from inference.linear_gaussian import Belief as BlockBelief
 from inference.oracles import joint, nuts, simulation
 
-from .coefficients import coefficients, why_not
+from .coefficients import TOLERANCE, coefficients, why_not
 from .general import general_scan
-from .memory import Prediction, document_starts, without_padding
+from .memory import Inputs, Prediction, silent_at_padding, without_padding
+from .packing import at_padding, document_starts
 from .precision import LARGEST_RATIO
 from .rules import Diagonal, Isotropic, Reset
 from .scans import Algorithm, filter_scan
@@ -51,7 +55,7 @@ def compile_filter(
     """
     exact = _verified(certificate, model)
     policy = certificate.policy
-    reason = why_not(exact)
+    reason = why_not(exact) or _policy_needs_more(exact, policy)
     if not reason:
         return RegressionMemory(exact, policy, algorithm or "chunked")
     if algorithm == "chunked":
@@ -66,7 +70,7 @@ def compile_filter(
 def _verified(certificate: Certificate, model: DesignModel | None) -> ExactFilter:
     if not isinstance(certificate, Certificate):
         raise TypeError(
-            f"`certificate` is a {type(certificate).__name__}; pass what `inference.verify` returns"
+            f"`certificate` is of type {type(certificate).__name__}; pass what `inference.verify` returns"
         )
     oracles = {check.oracle for check in certificate.checks}
     missing = {joint.ORACLE, nuts.ORACLE, simulation.ORACLE} - oracles
@@ -77,6 +81,31 @@ def _verified(certificate: Certificate, model: DesignModel | None) -> ExactFilte
     if model is None:
         return certificate.exact_filter
     return widen(certificate.exact_filter, model)
+
+
+def _policy_needs_more(exact: ExactFilter, policy: Policy) -> str:
+    """Why a policy's fast form does not apply to this regression memory; "" where it does."""
+    if isinstance(policy, Diagonal | Isotropic) and exact.structure.observations > 1:
+        return f"a token has several observations, which {policy} absorbs together"
+    variances = np.asarray(jnp.diagonal(exact.initial().covariance[0]))
+    if isinstance(policy, Isotropic) and np.ptp(variances) > TOLERANCE:
+        return "keys differ in their prior variance, and one variance is kept"
+    return ""
+
+
+def _at_tokens(exact: ExactFilter, u: Inputs, mask: Bool[Array, " time"] | None) -> Inputs:
+    """Inputs in the dtype of states; at padding an example, where the model has a density."""
+    wide = jnp.result_type(float)
+    u = {
+        name: array.astype(wide) if jnp.issubdtype(array.dtype, jnp.floating) else array
+        for name, array in u.items()
+    }
+    if mask is None:
+        return u
+    return {
+        name: at_padding(array, mask, np.asarray(exact.examples[name])[0].astype(array.dtype))
+        for name, array in u.items()
+    }
 
 
 class RegressionMemory(eqx.Module):
@@ -111,7 +140,7 @@ class RegressionMemory(eqx.Module):
 
     def __call__(self, u, state, *, segment_ids=None, mask=None):
         prior = self.exact.initial().covariance[0]
-        starts = None if segment_ids is None else document_starts(segment_ids)
+        starts = None if segment_ids is None else document_starts(segment_ids, mask)
         return self._run(u, state, prior, starts, mask, self.algorithm)
 
     def step(self, u, state):
@@ -121,18 +150,21 @@ class RegressionMemory(eqx.Module):
         return jax.tree.map(lambda part: part[0], prediction), state
 
     def _run(self, u, state, prior, starts, mask, algorithm) -> tuple[Prediction, Belief]:
+        u = _at_tokens(self.exact, u, mask)
         find = jax.checkpoint(lambda u: coefficients(self.exact, u))
-        found = jax.lax.map(find, dict(u), batch_size=_AT_ONCE)
-        noise = _in_range(found.noise, found.key, prior)
+        found = jax.lax.map(find, u, batch_size=_AT_ONCE)
+        mirrored = found.decay < 0
+        if mask is not None:
+            mirrored = at_padding(mirrored, mask, False)
         # A memory that is mirrored in some keys at every token is one that is read mirrored.
-        mirror = jnp.cumprod(jnp.where(found.decay < 0, -1.0, 1.0), axis=0)
+        mirror = jnp.cumprod(jnp.where(mirrored, -1.0, 1.0), axis=0)
         size = jnp.maximum(jnp.abs(found.decay), jnp.finfo(found.decay.dtype).tiny ** 0.5)
         rate = u.get(self.policy.rate) if isinstance(self.policy, Forget) else None
         stream = Stream(
             found.key * mirror[:, None],
             found.value,
             found.query * mirror,
-            noise,
+            found.noise,
             None if self._moves == "identity" else jnp.log(size),
             None if self.exact.structure.drift == "zero" else found.drift,
             starts,
@@ -146,34 +178,37 @@ class RegressionMemory(eqx.Module):
             )
         if mask is not None:
             stream = without_padding(stream, mask)
+        stream = _in_range(stream, prior if isinstance(self.policy, Exact | Forget) else None)
         variance = jnp.diagonal(prior)
         state, reading = filter_scan(
             stream, variance, self.policy, initial=state, algorithm=algorithm
         )
         if self._moves != "identity" and len(mirror):
             state = _mirrored(state, mirror[-1])
-        sure = reading.variance + found.output_noise
-        return Prediction(
-            reading.mean, reading.variance, sure + found.noise[:, -1], reading.log_evidence
-        ), state
+        unsure = reading.variance + found.output_noise
+        prediction = Prediction(
+            reading.mean, unsure, unsure + found.noise[:, -1], reading.log_evidence
+        )
+        return silent_at_padding(prediction, mask), state
 
     @property
     def _moves(self) -> str:
         return self.exact.structure.transition
 
 
-def _in_range(noise, key, prior) -> Float[Array, "time observation"]:
+def _in_range(stream: Stream, prior: Float[Array, "key key"] | None) -> Stream:
     """Refuse noise that is not positive, or too small for a float32 covariance."""
-    squares = jnp.sum(key**2, axis=-1)
-    noise = eqx.error_if(noise, noise <= 0, "a memory's noise variance is not positive")
-    if noise.dtype == jnp.float64:
-        return noise
-    return eqx.error_if(
+    noise = eqx.error_if(stream.noise, stream.noise <= 0, "the model's noise is not positive")
+    if prior is None or noise.dtype == jnp.float64:
+        return replace(stream, noise=noise)
+    largest = jnp.max(jnp.diagonal(prior)) * jnp.sum(stream.key**2, axis=-1)
+    noise = eqx.error_if(
         noise,
-        jnp.max(jnp.diagonal(prior)) * squares > LARGEST_RATIO * noise,
+        largest > 1.001 * LARGEST_RATIO * noise,  # unit keys are so to rounding
         f"prior variance × ‖key‖² / noise exceeds {LARGEST_RATIO:g}, where float32 loses the "
         "covariance; raise `noise`, or enable float64",
     )
+    return replace(stream, noise=noise)
 
 
 def _mirrored(state: Belief, mirror: Float[Array, " key"]) -> Belief:
@@ -185,6 +220,8 @@ def _mirrored(state: Belief, mirror: Float[Array, " key"]) -> Belief:
 
 class GeneralMemory(eqx.Module):
     """Any verified filter, in the blocks that its structure has.
+
+    What a new value's noise is, is not known of a model in general: `value_variance` is `variance`.
 
     Args:
         exact: the filter.
@@ -212,14 +249,15 @@ class GeneralMemory(eqx.Module):
         return self.exact.initial()
 
     def __call__(self, u, state, *, segment_ids=None, mask=None):
-        starts = None if segment_ids is None else document_starts(segment_ids)
+        starts = None if segment_ids is None else document_starts(segment_ids, mask)
+        u = _at_tokens(self.exact, u, mask)
         state, reads, evidence = general_scan(
             self.exact, self.policy, u, state, starts, mask, self.algorithm
         )
         return Prediction(reads.mean, reads.variance, reads.variance, evidence), state
 
     def step(self, u, state):
-        now = {name: array[None] for name, array in u.items()}
+        now = _at_tokens(self.exact, {name: array[None] for name, array in u.items()}, None)
         state, reads, evidence = general_scan(
             self.exact, self.policy, now, state, None, None, "token"
         )

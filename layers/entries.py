@@ -16,7 +16,9 @@ from jaxtyping import Array, Bool, Float
 
 from .additive import chunk_states
 from .chunks import cut, join
-from .memory import Prediction, document_starts
+from .memory import Prediction, silent_at_padding
+from .packing import at_padding, document_starts
+from .precision import state_dtype
 from .rules import Exact, Reset
 from .stream import Belief
 from .variances import moebius_scan
@@ -59,10 +61,11 @@ class EntryMemory(eqx.Module):
 
     def init_state(self) -> Belief:
         shape = (self.value_width, self.key_width)
-        return Belief(jnp.zeros(shape), jnp.full(shape, self.prior_variance))
+        kept = None if isinstance(self.rule, Reset) else jnp.full(shape, self.prior_variance)
+        return Belief(jnp.zeros(shape), kept)
 
     def __call__(self, u, state, *, segment_ids=None, mask=None):
-        starts = None if segment_ids is None else document_starts(segment_ids)
+        starts = None if segment_ids is None else document_starts(segment_ids, mask)
         entries = Entries(
             u["key"],
             u["value"],
@@ -72,9 +75,13 @@ class EntryMemory(eqx.Module):
             u.get("drift"),
             starts,
         )
+        dtype = state_dtype(u["key"], state.mean)
+        entries = jax.tree.map(
+            lambda part: part if part.dtype == bool else part.astype(dtype), entries
+        )
         if mask is not None:
             entries = _without_padding(entries, mask)
-        time = mask.shape[0] if mask is not None else u["query"].shape[0]
+        time = u["query"].shape[0]
         if time == 0:
             empty = jnp.zeros((0, self.value_width))
             return Prediction(empty, empty, empty, jnp.zeros(0)), state
@@ -92,12 +99,7 @@ class EntryMemory(eqx.Module):
 
         state, prediction = jax.lax.scan(body, state, blocks)
         prediction = jax.tree.map(lambda part: join(part, time), prediction)
-        if mask is not None:
-            prediction = jax.tree.map(
-                lambda part: jnp.where(mask.reshape(-1, *[1] * (part.ndim - 1)), part, 0),
-                prediction,
-            )
-        return prediction, state
+        return silent_at_padding(prediction, mask), state
 
     def step(self, u, state):
         prediction, state = self({name: array[None] for name, array in u.items()}, state)
@@ -119,6 +121,7 @@ class EntryMemory(eqx.Module):
         else:
             noise = noise.reshape(time, -1)
             drift = (zero if block.drift is None else block.drift).reshape(time, -1)
+            assert belief.covariance is not None
             flat = Belief(belief.mean, belief.covariance.ravel())
             prior = Belief(belief.mean, jnp.asarray(self.prior_variance))
             before, after = moebius_scan(decay**2, drift, key**2 / noise, block.starts, flat, prior)
@@ -141,21 +144,17 @@ class EntryMemory(eqx.Module):
         read = jnp.sum(mean * block.query[:, None], axis=-1)
         unsure = jnp.sum(variance * block.query[:, None] ** 2, axis=-1)
         prediction = Prediction(read, unsure, unsure + block.noise, evidence)
-        return Belief(mean[-1], variance[-1]), prediction
+        kept = None if isinstance(self.rule, Reset) else variance[-1]
+        return Belief(mean[-1], kept), prediction
 
 
 def _without_padding(entries: Entries, mask: Bool[Array, " time"]) -> Entries:
-    def where(array: Array | None, filler: float) -> Array | None:
-        if array is None:
-            return None
-        return jnp.where(mask.reshape(-1, *[1] * (array.ndim - 1)), array, filler)
-
     return replace(
         entries,
-        key=where(entries.key, 0),
-        value=where(entries.value, 0),
-        noise=where(entries.noise, 1),
-        log_decay=where(entries.log_decay, 0),
-        drift=where(entries.drift, 0),
-        starts=None if entries.starts is None else entries.starts & mask,
+        key=at_padding(entries.key, mask, 0),
+        value=at_padding(entries.value, mask, 0),
+        query=at_padding(entries.query, mask, 0),
+        noise=at_padding(entries.noise, mask, 1),
+        log_decay=at_padding(entries.log_decay, mask, 0),
+        drift=at_padding(entries.drift, mask, 0),
     )

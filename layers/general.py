@@ -41,7 +41,6 @@ def general_scan(
     time = jax.tree.leaves(inputs)[0].shape[0]
     starts = jnp.zeros(time, bool) if starts is None else starts
     mask = jnp.ones(time, bool) if mask is None else mask
-    starts = starts & mask
 
     def pick(condition, first, second):
         return jax.tree.map(lambda a, b: jnp.where(condition, a, b), first, second)
@@ -94,8 +93,8 @@ def _element(step: Step, observed: Observed) -> _Element:
     if step.evidence is not None and observed.evidence is not None:
         given = step.evidence
         surprise = observed.evidence - given.shift
-        gain = jnp.linalg.solve(given.noise, given.cross.mT).mT
-        weighted = jnp.linalg.solve(given.noise, given.observation)
+        gain = _solve(given.noise, given.cross.mT).mT
+        weighted = _solve(given.noise, given.observation)
         transition = transition - gain @ given.observation
         shift = shift + surprise @ gain.mT
         drift = drift - gain @ given.cross.mT
@@ -105,10 +104,10 @@ def _element(step: Step, observed: Observed) -> _Element:
         return _Element(transition, shift, drift, information, precision)
     given = step.observation
     variance = given.observation @ drift @ given.observation.mT + given.noise
-    gain = jnp.linalg.solve(variance, given.observation @ drift).mT
+    gain = _solve(variance, given.observation @ drift).mT
     innovation = observed.observation - given.shift - shift @ given.observation.mT
     moved = given.observation @ transition
-    weighted = jnp.linalg.solve(variance, moved)
+    weighted = _solve(variance, moved)
     kept = jnp.eye(drift.shape[-1]) - gain @ given.observation
     return _Element(
         kept @ transition,
@@ -136,8 +135,8 @@ def _nothing(belief: Belief) -> _Element:
 def _combine(first: _Element, second: _Element) -> _Element:
     identity = jnp.eye(first.covariance.shape[-1])
     system = identity + first.covariance @ second.precision
-    ahead = jnp.linalg.solve(system.mT, second.transition.mT).mT  # A₂ (I + C₁J₂)⁻¹
-    back = jnp.linalg.solve(system, first.transition).mT  # A₁ᵀ (I + J₂C₁)⁻¹
+    ahead = _solve(system.mT, second.transition.mT).mT  # A₂ (I + C₁J₂)⁻¹
+    back = _solve(system, first.transition).mT  # A₁ᵀ (I + J₂C₁)⁻¹
     information = second.information - first.mean @ second.precision
     return _Element(
         ahead @ first.transition,
@@ -151,7 +150,14 @@ def _combine(first: _Element, second: _Element) -> _Element:
 def _apply(element: _Element, belief: Belief) -> Belief:
     identity = jnp.eye(belief.covariance.shape[-1])
     system = identity + belief.covariance @ element.precision
-    ahead = jnp.linalg.solve(system.mT, element.transition.mT).mT
+    ahead = _solve(system.mT, element.transition.mT).mT
     mean = (belief.mean + element.information @ belief.covariance) @ ahead.mT + element.mean
     covariance = ahead @ belief.covariance @ element.transition.mT + element.covariance
     return Belief(mean, (covariance + covariance.mT) / 2)
+
+
+def _solve(
+    matrix: Float[Array, "*block width width"], right: Float[Array, "*block width column"]
+) -> Float[Array, "*block width column"]:
+    """Blocks of one number are divided."""
+    return right / matrix if matrix.shape[-1] == 1 else jnp.linalg.solve(matrix, right)

@@ -25,7 +25,7 @@ def sigmoid(logit: Array) -> Array:
 
 
 def noise_of_strength(logit: Array) -> Array:
-    """r = (1 − β)/β for β = σ(logit): the noise at which a reset unit key is written with β."""
+    """The noise at which a reset unit key is written with β = σ(logit): r = (1 − β)/β."""
     return jnp.exp(-logit.astype(jnp.float32))
 
 
@@ -35,7 +35,7 @@ def bounded_noise(logit: Array) -> Array:
 
 
 def noise_of_weight(logit: Array) -> Array:
-    """r = 1/β for β = σ(logit): information weighs β."""
+    """The noise at which information weighs β = σ(logit): r = 1/β."""
     return 1 + noise_of_strength(logit)
 
 
@@ -55,7 +55,7 @@ def log_forget(logit: Array) -> Array:
 
 
 def log_decay(logit: Array) -> Array:
-    """log a = −softplus(logit)."""
+    """A log decay, −softplus(logit)."""
     return -softplus(logit)
 
 

@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from .packing import at_padding, document_starts
 from .precision import MeanDtype
-from .rules import Additive, Exact, Forget, Reset, Restored, Rule
+from .rules import Exact, Forget, Restored, Rule
 from .scans import Algorithm, filter_scan, initial_belief
 from .stream import Belief, Reading, Stream
 
@@ -33,6 +34,7 @@ class Prediction(eqx.Module):
     log_evidence: Float[Array, "*time"]
 
 
+@runtime_checkable
 class Memory(Protocol):
     """One head's filter. `inputs` gives every input's shape at one token."""
 
@@ -105,11 +107,10 @@ class StreamMemory(eqx.Module):
     def __call__(self, u, state, *, segment_ids=None, mask=None):
         stream, restoration = self._stream(u)
         if segment_ids is not None:
-            stream = replace(stream, starts=document_starts(segment_ids))
+            stream = replace(stream, starts=document_starts(segment_ids, mask))
         if mask is not None:
             stream = without_padding(stream, mask)
-            if restoration is not None:
-                restoration = jnp.where(mask, restoration, 1)
+            restoration = at_padding(restoration, mask, 1)
         rule = self._rule(restoration)
         state, reading = filter_scan(
             stream,
@@ -119,11 +120,7 @@ class StreamMemory(eqx.Module):
             algorithm=self.algorithm,
             dtype=self.dtype,
         )
-        if mask is not None:
-            reading = jax.tree.map(
-                lambda part: jnp.where(mask.reshape(-1, *[1] * (part.ndim - 1)), part, 0), reading
-            )
-        return predict(reading, stream.noise), state
+        return silent_at_padding(predict(reading, stream.noise), mask), state
 
     def step(self, u, state):
         stream, restoration = self._stream({name: array[None] for name, array in u.items()})
@@ -154,36 +151,25 @@ class StreamMemory(eqx.Module):
         return stream, u.get("restoration")
 
 
-def document_starts(segment_ids: Int[Array, " time"]) -> Bool[Array, " time"]:
-    """Where the document changes; the first goes on from the state that it is given."""
-    if segment_ids.shape[0] == 0:
-        return jnp.zeros(0, bool)
-    return jnp.diff(segment_ids, prepend=segment_ids[:1]) != 0
-
-
 def without_padding(stream: Stream, mask: Bool[Array, " time"]) -> Stream:
     """Let padding write nothing and take no time."""
-
-    def where(array: Array | None, filler: float) -> Array | None:
-        if array is None:
-            return None
-        return jnp.where(mask.reshape(-1, *[1] * (array.ndim - 1)), array, filler)
-
-    starts = None if stream.starts is None else stream.starts & mask
-    return replace(
-        stream,
-        key=where(stream.key, 0),
-        value=where(stream.value, 0),
-        query=where(stream.query, 0),
-        noise=where(stream.noise, 1),
-        log_decay=where(stream.log_decay, 0),
-        drift=where(stream.drift, 0),
-        rate=where(stream.rate, 1),
-        starts=starts,
+    fillers = {"noise": 1, "rate": 1} | dict.fromkeys(
+        ("key", "value", "query", "log_decay", "drift"), 0
     )
+    filled = {
+        name: at_padding(getattr(stream, name), mask, filler) for name, filler in fillers.items()
+    }
+    return replace(stream, **filled)
 
 
-def predict(reading: Reading, noise: Float[Array, "time *observation"]) -> Prediction:
+def silent_at_padding(prediction: Prediction, mask: Bool[Array, " time"] | None) -> Prediction:
+    """Zeros at padding."""
+    if mask is None:
+        return prediction
+    return jax.tree.map(lambda part: at_padding(part, mask, 0), prediction)
+
+
+def predict(reading: Reading, noise: Float[Array, "*time_and_observation"]) -> Prediction:
     """A reading with the variance of a new value, seen with the token's last noise."""
     last = noise if noise.ndim == 1 else noise[:, -1]
     return Prediction(reading.mean, reading.variance, reading.variance + last, reading.log_evidence)

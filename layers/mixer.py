@@ -128,7 +128,7 @@ class SequenceMixer(eqx.Module):
         mask: Bool[Array, " time"] | None = None,
     ) -> tuple[Float[Array, "time d_model"], Prediction, MixerState]:
         """Mix a sequence that goes on from `state`; also return the state after it."""
-        self._check(x)
+        self._check(x, segment_ids, mask)
         u, past = self._inputs(x, state, segment_ids, mask)
 
         def head(u, state):
@@ -151,18 +151,25 @@ class SequenceMixer(eqx.Module):
         self, x: Float[Array, " d_model"], state: MixerState
     ) -> tuple[Float[Array, " d_model"], Prediction, MixerState]:
         """`step`, with each head's prediction."""
+        if x.shape != (self.d_model,):
+            raise ValueError(f"`x` is {x.shape}; a step takes one token, ({self.d_model},).")
         u, past = self._inputs(x[None], state, None, None)
         now = {name: array[0] for name, array in u.items()}
         prediction, memories = jax.vmap(self.memory.step)(now, state.memories)
         outputs = self._read_out(x[None], prediction.mean[None])[0]
         return outputs, prediction, MixerState(memories, past)
 
-    def _check(self, x: Array) -> None:
+    def _check(self, x: Array, segment_ids: Array | None, mask: Array | None) -> None:
         if x.ndim != 2 or x.shape[1] != self.d_model:
             raise ValueError(
                 f"`x` is {x.shape}; this layer takes (time, {self.d_model}), one sequence at a "
                 "time: jax.vmap over a batch."
             )
+        for name, array in (("segment_ids", segment_ids), ("mask", mask)):
+            if array is not None and array.shape != x.shape[:1]:
+                raise ValueError(
+                    f"`{name}` is {array.shape}; it must be {x.shape[:1]}, one number a token."
+                )
 
     def _inputs(self, x, state: MixerState, segment_ids, mask) -> tuple[dict, dict]:
         u, past = {}, {}

@@ -10,7 +10,10 @@
 * **States** are float32.
 
 Range: with prior variance over noise (times the squared norm of keys) up to `LARGEST_RATIO` the
-float32 covariance stays definite and within 1e-4 of float64 (tests/test_precision.py).
+float32 covariance stays definite. Against float64, over 16,384 tokens whose keys have cosine .9,
+read-outs are within 1e-4 of the largest up to a ratio of 1e3, and within 4e-4 at 1e4: the values'
+joint covariance rounds at the prior's size, which costs each gain some 1e-7 × ratio of itself
+(tests/test_precision.py).
 """
 
 from typing import Literal
@@ -21,7 +24,7 @@ from jaxtyping import Array
 MeanDtype = Literal["float32", "bfloat16"]
 
 LARGEST_RATIO = 1e4
-"""Largest variance over noise in which the float32 covariance path holds its tolerance."""
+"""Largest variance over noise for which the float32 covariance path stays definite as tested."""
 
 
 def state_dtype(*arrays: Array | float):

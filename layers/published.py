@@ -21,6 +21,7 @@ and Kalman Linear Attention's surrounding blocks. A delta rule's β with keys of
 of a reset covariance σ² at noise r = σ²(1 − β)/β.
 """
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
@@ -90,18 +91,10 @@ def published_mixer(
         ValueError: widths or heads do not divide.
     """
     recurrence(name)
-    if (key_width is None or value_width is None) and d_model % heads:
-        raise ValueError(
-            f"`d_model` is {d_model}, no multiple of `heads`, {heads}; give `key_width` and "
-            "`value_width`."
-        )
-    key_width, value_width = key_width or d_model // heads, value_width or d_model // heads
-    if heads % (key_heads or heads):
-        raise ValueError(f"`heads` is {heads}; it must be a multiple of `key_heads`, {key_heads}.")
+    key_width, value_width, groups = head_widths(d_model, heads, key_width, value_width, key_heads)
     rng_mixer, *rngs = jax.random.split(rng, 5)
     gates = _gates(name, d_model, heads, value_width, key_width, rngs[0])
     memory = _memory(name, value_width, key_width, gates, algorithm, dtype)
-    groups = heads // (key_heads or heads)
     key_link, query_link, value_link = _links(name)
     taps = None if name in _PLAIN else SHORT_CONVOLUTION
     shapes = memory.inputs
@@ -123,6 +116,29 @@ def published_mixer(
         gate=name not in _UNGATED,
         rng=rng_mixer,
     )
+
+
+def head_widths(
+    d_model: int,
+    heads: int,
+    key_width: int | None,
+    value_width: int | None,
+    key_heads: int | None,
+) -> tuple[int, int, int]:
+    """Key width, value width, and how many heads share each key.
+
+    Raises:
+        ValueError: widths or heads do not divide.
+    """
+    if (key_width is None or value_width is None) and d_model % heads:
+        raise ValueError(
+            f"`d_model` is {d_model}, no multiple of `heads`, {heads}; give `key_width` and "
+            "`value_width`."
+        )
+    if heads % (key_heads or heads):
+        raise ValueError(f"`heads` is {heads}; it must be a multiple of `key_heads`, {key_heads}.")
+    width = d_model // heads
+    return key_width or width, value_width or width, heads // (key_heads or heads)
 
 
 def _memory(name, value_width, key_width, gates, algorithm: Algorithm, dtype) -> Memory:
@@ -229,6 +245,4 @@ def _gates(
 
 
 def _with_bias(source: Projected, bias: Array) -> Projected:
-    from equinox import tree_at
-
-    return tree_at(lambda source: source.bias, source, bias)
+    return eqx.tree_at(lambda source: source.bias, source, bias)

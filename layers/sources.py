@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from .packing import document_starts
+
 Link = Callable[[Array], Array]
 
 
@@ -50,13 +52,14 @@ class ShortConvolution(eqx.Module):
             x = jnp.where(mask[:, None], x, 0)
         joined = jnp.concatenate([past.astype(x.dtype), x])
         documents = None
-        if segment_ids is not None and time:
-            documents = jnp.concatenate([jnp.repeat(segment_ids[:1], count - 1), segment_ids])
+        if segment_ids is not None and time:  # earlier inputs belong to the first document
+            numbers = jnp.cumsum(document_starts(segment_ids, mask))
+            documents = jnp.concatenate([jnp.zeros(count - 1, numbers.dtype), numbers])
         total = jnp.zeros_like(x)
         for tap in range(count):
             seen = joined[tap : tap + time]
             if documents is not None:
-                same = documents[tap : tap + time] == segment_ids
+                same = documents[tap : tap + time] == documents[count - 1 :]
                 seen = jnp.where(same[:, None], seen, 0)
             total = total + seen * self.taps[tap].astype(x.dtype)
         end = jnp.asarray(time)
@@ -132,7 +135,7 @@ class Projected(eqx.Module):
 class PerHead(eqx.Module):
     """An input that every head has of its own, the same at every token: `link(parameter)`."""
 
-    parameter: Float[Array, "heads *shape"]
+    parameter: Float[Array, "*heads_and_shape"]
     link: Link
     learned: bool = eqx.field(static=True, default=True)
 
@@ -157,7 +160,7 @@ class GatedDecay(eqx.Module):
     """
 
     rate: Float[Array, " heads"]
-    bias: Float[Array, "heads *shape"]
+    bias: Float[Array, "*heads_and_shape"]
     projection: Projected
 
     def __init__(
