@@ -52,17 +52,17 @@ def moebius_scan(squared, drift, information, starts, initial: Belief, prior: Be
         starts = starts[:, None]
         drift = jnp.where(starts, squared * prior.covariance + drift, drift)
         squared = jnp.where(starts, 0, squared)
-    matrices = (squared, drift, information * squared, 1 + information * drift)
+    rows = (squared, drift), (information * squared, 1 + information * drift)
+    matrices = jnp.stack([jnp.stack(row, axis=-1) for row in rows], axis=-2)
 
     def combine(first, second):
-        a, b, c, d = first
-        e, f, g, h = second
-        product = (e * a + f * c, e * b + f * d, g * a + h * c, g * b + h * d)
-        largest = jnp.maximum(product[1], product[3])  # b, d > 0: never both zero
-        largest = jax.lax.stop_gradient(jnp.maximum(largest, jnp.maximum(product[0], product[2])))
-        return tuple(entry / largest for entry in product)
+        product = jnp.sum(second[..., :, :, None] * first[..., None, :, :], axis=-2)
+        # The lower right entry is at least its own drift's share: never all zero.
+        largest = jnp.max(product, axis=(-2, -1), keepdims=True)
+        return product / jax.lax.stop_gradient(largest)
 
-    a, b, c, d = jax.lax.associative_scan(combine, matrices)
-    after = (a * first + b) / (c * first + d)
+    maps = jax.lax.associative_scan(combine, matrices)
+    above = maps[..., 0, 0] * first + maps[..., 0, 1]
+    after = above / (maps[..., 1, 0] * first + maps[..., 1, 1])
     before = squared * jnp.concatenate([first[None], after[:-1]]) + drift
     return before, after
