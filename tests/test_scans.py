@@ -391,12 +391,15 @@ def test_ends_of_the_dial_are_reset_and_exact(end, of):
 
 @pytest.mark.parametrize("name", ["exact", "reset", "restored 0", "diagonal", "additive"])
 def test_float32_is_float64_to_rounding(name):
-    """Values within eps·time, gradients within eps·time², of their largest entry or of 1."""
+    """Values within eps·time/20, gradients within eps·time²/200, of their largest entry or of 1.
+
+    The worst seen: 0.016 eps·time (read-outs at λ = 0), 0.0011 eps·time² (λ at λ = 0).
+    """
     case = replace(FULL, starts=(70,))
     rounded, exact = (computed(name, case, "chunked", dtype) for dtype in ("float32", "float64"))
     eps = np.finfo(np.float32).eps
-    assert_close(rounded[0], exact[0], eps * case.time)
-    assert_close(rounded[1], exact[1], eps * case.time**2)
+    assert_close(rounded[0], exact[0], eps * case.time / 20)
+    assert_close(rounded[1], exact[1], eps * case.time**2 / 200)
 
 
 def test_bfloat16_inputs_are_close_to_float32():
