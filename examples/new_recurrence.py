@@ -45,16 +45,13 @@ def memory(value_width, key_width):
 
 
 def draw_recall(rng):
-    """Sequences k v k v ... k k ...: pairs of tokens, then keys whose values are asked for."""
+    """Pairs of tokens k v k v ..., then the keys in another order, whose values are asked for."""
     rng_keys, rng_values, rng_order = jax.random.split(rng, 3)
-    keys = jax.random.permutation(
-        rng_keys, jnp.tile(jnp.arange(16), (BATCH, 1)), 1, independent=True
-    )
-    keys, values = keys[:, :PAIRS], jax.random.randint(rng_values, (BATCH, PAIRS), 16, 32)
-    order = jax.random.permutation(
-        rng_order, jnp.tile(jnp.arange(PAIRS), (BATCH, 1)), 1, independent=True
-    )
-    pairs = jnp.stack([keys, values], axis=2).reshape(BATCH, -1)
+    tokens = jnp.tile(jnp.arange(PAIRS), (BATCH, 1))
+    keys = jax.random.permutation(rng_keys, tokens, axis=1, independent=True)
+    values = PAIRS + jax.random.randint(rng_values, (BATCH, PAIRS), 0, PAIRS)
+    order = jax.random.permutation(rng_order, tokens, axis=1, independent=True)
+    pairs = jnp.stack([keys, values], axis=2).reshape(BATCH, 2 * PAIRS)
     asked, answers = (jnp.take_along_axis(part, order, axis=1) for part in (keys, values))
     return jnp.concatenate([pairs, asked], axis=1), answers
 
@@ -68,10 +65,10 @@ def main():
     certificate = verify(memory(3, 2), name="doubtful drift")
 
     def make_mixer(rng):
-        return compile_layer(certificate, 32, heads=2, model=memory(8, 8), rng=rng)
+        return compile_layer(certificate, 64, heads=2, model=memory(16, 16), rng=rng)
 
-    model = LanguageModel(32, 32, 2, make_mixer, hidden=64, rng=jax.random.key(0))
-    optimiser = optax.adam(1e-2)
+    model = LanguageModel(2 * PAIRS, 64, 1, make_mixer, hidden=64, rng=jax.random.key(0))
+    optimiser = optax.adam(1e-2, b2=0.95)
     state = optimiser.init(eqx.filter(model, eqx.is_inexact_array))
 
     @eqx.filter_jit

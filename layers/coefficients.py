@@ -13,6 +13,7 @@ so nothing the size of the memory squared is formed. That a model has this form 
 """
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -22,7 +23,6 @@ from jaxtyping import Array, Float
 
 from inference.exact_filter import ExactFilter
 from inference.extraction import affine_map, draws_size, noise_response, observed_values
-from inference.linear_gaussian import Step
 
 TOLERANCE = 1e-9
 
@@ -88,52 +88,71 @@ def why_not(exact: ExactFilter) -> str:
     structure = exact.structure
     if structure.kind != "shared rows" or "chunked" not in structure.paths:
         return structure.why_paths
-    inputs = dict(exact.examples)
-    with jax.enable_x64(True):
-
-        def at(u):
-            return coefficients(exact, u), exact.coefficients(u), _reading(exact, u)
-
-        own, steps, reads = jax.jit(jax.vmap(at))(inputs)
-        prior = exact.initial()
-    if np.any(np.abs(prior.mean) > 0):
-        return "the prior's mean is not zero"
-    if np.any(_off_diagonal(np.asarray(prior.covariance[0]))):
-        return "keys are correlated in the prior"
+    found = _at_examples(exact)
+    own, steps, prior = found.own, found.steps, found.prior
     given = steps.observation
     assert given is not None
-    if any(
-        np.any(np.abs(_off_diagonal(noise)) > TOLERANCE) for noise in np.asarray(given.noise[:, 0])
-    ):
+    if np.any(np.abs(prior.mean) > 0):
+        return "the prior's mean is not zero"
+    if _mixes(prior.covariance):
+        return "keys are correlated in the prior"
+    if _mixes(given.noise):
         return "the noise of a token's observations is correlated"
     if not _same_steps(own, steps):
         return "coefficients read at one row are not those of all"
-    matrix, shift, noise = (np.asarray(part) for part in reads)
-    expected = _rows_read_alike(np.asarray(own.query), exact.partition.states[0])
-    if matrix.shape != expected.shape or not np.allclose(matrix, expected, atol=TOLERANCE):
+    if not _same(found.matrix, _rows_read_alike(own.query, exact.partition.states[0])):
         return "the read-out is not the memory times one query"
-    if np.any(np.abs(shift) > TOLERANCE):
+    if np.any(np.abs(found.shift) > TOLERANCE):
         return "the read-out adds a constant"
-    alike = np.asarray(own.output_noise)[:, None]
-    if not np.allclose(noise, alike, atol=TOLERANCE):
+    if not _same(found.noise, np.broadcast_to(own.output_noise[:, None], found.noise.shape)):
         return "outputs have noises of their own"
     return ""
 
 
-def _off_diagonal(matrix: np.ndarray) -> np.ndarray:
-    return matrix - np.diag(np.diagonal(matrix))
+class _Found(NamedTuple):
+    """What a filter says at its examples, in NumPy: float64 also where JAX has none."""
+
+    own: Any
+    steps: Any
+    matrix: np.ndarray
+    shift: np.ndarray
+    noise: np.ndarray
+    prior: Any
 
 
-def _same_steps(own: Coefficients, steps: Step) -> bool:
-    given = steps.observation
-    assert given is not None
-    pairs = (
-        (own.decay[:, :, None] * jnp.eye(own.decay.shape[-1]), steps.transition[:, 0]),
-        (own.drift[:, :, None] * jnp.eye(own.drift.shape[-1]), steps.drift[:, 0]),
-        (own.key, given.observation[:, 0]),
-        (own.noise[:, :, None] * jnp.eye(own.noise.shape[-1]), given.noise[:, 0]),
+def _at_examples(exact: ExactFilter) -> _Found:
+    def at(u):
+        return coefficients(exact, u), exact.coefficients(u), *_reading(exact, u)
+
+    with jax.enable_x64(True):
+        found = *jax.jit(jax.vmap(at))(dict(exact.examples)), exact.initial()
+        return _Found(*jax.tree.map(np.asarray, found))
+
+
+def _same(first: np.ndarray, second: np.ndarray) -> bool:
+    return first.shape == second.shape and np.allclose(
+        first, second, rtol=TOLERANCE, atol=TOLERANCE
     )
-    return all(np.allclose(first, second, atol=TOLERANCE) for first, second in pairs)
+
+
+def _mixes(matrices: np.ndarray) -> bool:
+    """Whether a matrix is not diagonal."""
+    return bool(np.any(np.abs(matrices * (1 - np.eye(matrices.shape[-1]))) > TOLERANCE))
+
+
+def _same_steps(own, steps) -> bool:
+    given = steps.observation
+    pairs = (
+        (_diagonal(own.decay), steps.transition[:, 0]),
+        (_diagonal(own.drift), steps.drift[:, 0]),
+        (own.key, given.observation[:, 0]),
+        (_diagonal(own.noise), given.noise[:, 0]),
+    )
+    return all(_same(first, second) for first, second in pairs)
+
+
+def _diagonal(rates: np.ndarray) -> np.ndarray:
+    return rates[..., None] * np.eye(rates.shape[-1])
 
 
 def _reading(exact: ExactFilter, u: Mapping[str, Array]):

@@ -57,7 +57,7 @@ def compile_filter(
     policy = certificate.policy
     reason = why_not(exact) or _policy_needs_more(exact, policy)
     if not reason:
-        return RegressionMemory(exact, policy, algorithm or "chunked")
+        return _regression(exact, policy, algorithm)
     if algorithm == "chunked":
         raise ValueError(f'`algorithm` is "chunked", which does not apply: {reason}.')
     if algorithm == "parallel" and not isinstance(policy, Exact):
@@ -70,7 +70,8 @@ def compile_filter(
 def _verified(certificate: Certificate, model: DesignModel | None) -> ExactFilter:
     if not isinstance(certificate, Certificate):
         raise TypeError(
-            f"`certificate` is of type {type(certificate).__name__}; pass what `inference.verify` returns"
+            f"`certificate` is of type {type(certificate).__name__}; "
+            "pass what `inference.verify` returns"
         )
     oracles = {check.oracle for check in certificate.checks}
     missing = {joint.ORACLE, nuts.ORACLE, simulation.ORACLE} - oracles
@@ -81,6 +82,19 @@ def _verified(certificate: Certificate, model: DesignModel | None) -> ExactFilte
     if model is None:
         return certificate.exact_filter
     return widen(certificate.exact_filter, model)
+
+
+def _regression(
+    exact: ExactFilter, policy: Policy, algorithm: Algorithm | None
+) -> "RegressionMemory":
+    structure = exact.structure
+    moves = structure.transition != "identity" or structure.drift != "zero"
+    if not (isinstance(policy, Forget) and moves):
+        return RegressionMemory(exact, policy, algorithm or "chunked")
+    why = "the evidence of a memory that decays or drifts is forgotten token by token"
+    if algorithm not in (None, "token"):
+        raise ValueError(f"`algorithm` is {algorithm!r}, which does not apply: {why}.")
+    return RegressionMemory(exact, policy, "token", why)
 
 
 def _policy_needs_more(exact: ExactFilter, policy: Policy) -> str:
@@ -109,7 +123,14 @@ def _at_tokens(exact: ExactFilter, u: Inputs, mask: Bool[Array, " time"] | None)
 
 
 class RegressionMemory(eqx.Module):
-    """A memory whose rows share one covariance, and whose keys decay and drift one by one."""
+    """A memory whose rows share one covariance, and whose keys decay and drift one by one.
+
+    Args:
+        exact: the filter.
+        policy: what is done to its covariance.
+        algorithm: how sequences are computed.
+        why: why they are not computed in chunks, where they cannot be.
+    """
 
     exact: ExactFilter = eqx.field(static=True)
     policy: Policy = eqx.field(static=True)

@@ -85,13 +85,8 @@ class EntryMemory(eqx.Module):
         if time == 0:
             empty = jnp.zeros((0, self.value_width))
             return Prediction(empty, empty, empty, jnp.zeros(0)), state
-        fillers = Entries(0, 0, 0, 1, 0, 0, False)  # type: ignore[arg-type]
-        blocks = jax.tree.map(
-            lambda filler, array: None if array is None else cut(array, _TOGETHER, filler),
-            fillers,
-            entries,
-            is_leaf=lambda leaf: leaf is None,
-        )
+        blocks = jax.tree.map(lambda array: cut(array, _TOGETHER), entries)
+        blocks = replace(blocks, noise=cut(entries.noise, _TOGETHER, 1))
 
         @jax.checkpoint
         def body(belief, block):

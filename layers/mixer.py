@@ -181,7 +181,7 @@ class SequenceMixer(eqx.Module):
         mean = mean.astype(x.dtype) if self.norm is None else self.norm(mean).astype(x.dtype)
         if self.gate is not None:
             mean = mean * self.gate(x, None)[0]
-        return mean.reshape(x.shape[0], -1) @ self.out.astype(x.dtype)
+        return mean.reshape(x.shape[0], self.out.shape[0]) @ self.out.astype(x.dtype)
 
     def __repr__(self) -> str:
         widths = ", ".join(f"{name} {shape}" for name, shape in self.memory.inputs.items())

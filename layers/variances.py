@@ -36,7 +36,7 @@ def isotropic_variances(
     return moebius_scan(decay, drift, information, stream.starts, initial, prior)
 
 
-def _rates(stream: Stream) -> tuple[Variances, Variances]:
+def _rates(stream: Stream) -> tuple[Float[Array, "time _"], Float[Array, "time _"]]:
     one = jnp.ones((stream.length, 1), stream.key.dtype)
     decay = one if stream.log_decay is None else jnp.exp(per_key(stream.log_decay))
     return decay, 0 * one if stream.drift is None else per_key(stream.drift)

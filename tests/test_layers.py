@@ -6,6 +6,7 @@ The oracle of every full pass is decoding: one step a token, without chunks, mas
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from jla.ops import linear_attention
@@ -173,7 +174,8 @@ def test_a_mixer_is_shown_in_one_line_with_its_size(name):
     assert parameter_count(layer) == sum(array.size for array in arrays)
 
 
-def test_wrong_shapes_are_refused_by_name():
+def test_wrong_shapes_are_refused_by_name(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     layer = MAKE["dial"]()
     with pytest.raises(ValueError, match=r"`x` is \(16, 17\); this layer takes \(time, 16\)"):
         layer(jnp.zeros((TIME, 17)))
@@ -187,16 +189,17 @@ def test_wrong_shapes_are_refused_by_name():
         layer(X, segment_ids=ONE[:5])
 
 
-def test_arguments_that_make_no_layer_are_refused():
+def test_arguments_that_make_no_layer_are_refused(monkeypatch):
     rng = jax.random.key(0)
     with pytest.raises(ValueError, match="`d_model` is 16, no multiple of `heads`, 3"):
         BayesianLayer(16, 3, rng=rng)
     with pytest.raises(ValueError, match="`heads` is 4; it must be a multiple of `key_heads`, 3"):
         published_mixer("deltanet", 16, 4, key_heads=3, rng=rng)
-    with pytest.raises(ValueError, match="`restoration` is 1.5; it must lie between 0 and 1"):
+    with pytest.raises(ValueError, match=r"`restoration` is 1\.5; it must lie between 0 and 1"):
         BayesianLayer(16, 4, restoration=1.5, rng=rng)
     with pytest.raises(ValueError, match="`learn_restoration` needs a `restoration`"):
         BayesianLayer(16, 4, learn_restoration=True, rng=rng)
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=r"`decay` is 'keys'; it must be .none., .scalar. or .key"):
         BayesianLayer(16, 4, decay="keys", rng=rng)
 
