@@ -37,6 +37,13 @@ class Partition:
     evidence: Int[np.ndarray, "block row evidence"] | None
     observed: Int[np.ndarray, "block row observed"] | None
 
+    def __post_init__(self) -> None:
+        # JAX remembers an int64 index as such, and then fails where float64 is not enabled.
+        for name in ("states", "evidence", "observed"):
+            positions = getattr(self, name)
+            if positions is not None:
+                object.__setattr__(self, name, positions.astype(np.int32))
+
     @property
     def blocks(self) -> int:
         return self.states.shape[0]

@@ -86,7 +86,8 @@ class EntryMemory(eqx.Module):
             empty = jnp.zeros((0, self.value_width))
             return Prediction(empty, empty, empty, jnp.zeros(0)), state
         blocks = jax.tree.map(lambda array: cut(array, _TOGETHER), entries)
-        blocks = replace(blocks, noise=cut(entries.noise, _TOGETHER, 1))
+        padded = cut(entries.noise, _TOGETHER, 1)
+        blocks = eqx.tree_at(lambda blocks: blocks.noise, blocks, padded)
 
         @jax.checkpoint
         def body(belief, block):

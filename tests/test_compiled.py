@@ -31,8 +31,9 @@ TOLERANCE = 1e-10
 
 
 @pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
+def float64(request):
+    """Float64, but for tests of float32."""
+    with jax.enable_x64("float32" not in request.node.name):
         yield
 
 
@@ -359,17 +360,26 @@ def test_noise_that_is_not_positive_is_refused(certificates):
 
 
 def test_noise_outside_the_range_of_float32_is_refused(certificates):
-    with jax.enable_x64(False):
-        for name in ("bayesian_layer", "deltanet"):
-            memory = compile_filter(certificates[name], algorithm="token")
-            u = memory.exact.model.draw_inputs(jax.random.key(0), 3)
-            u["key"] = u["key"].at[1].set(1.0)
-            u["noise"] = u["noise"].at[1].set(1e-4)
-            if name == "deltanet":  # carries no covariance
-                assert np.all(np.isfinite(memory(u, memory.init_state())[0].mean))
-                continue
-            with pytest.raises(RuntimeError, match="exceeds 10000, where float32 loses"):
-                jax.block_until_ready(eqx.filter_jit(memory)(u, memory.init_state()))
-            u["noise"] = u["noise"].at[1].set(1e-3)
-            prediction, _ = memory(u, memory.init_state())
-            assert prediction.mean.dtype == jnp.float32
+    memory = compile_filter(certificates["bayesian_layer"], algorithm="token")
+    run = eqx.filter_jit(memory)
+    u = memory.exact.model.draw_inputs(jax.random.key(0), 3)
+    u["key"] = u["key"].at[1].set(1.0)
+    u["noise"] = u["noise"].at[1].set(1e-4)
+    with pytest.raises(RuntimeError, match="exceeds 10000, where float32 loses"):
+        jax.block_until_ready(run(u, memory.init_state()))
+    u["noise"] = u["noise"].at[1].set(1e-3)
+    assert run(u, memory.init_state())[0].mean.dtype == jnp.float32
+
+
+def test_float32_without_a_covariance_takes_any_noise(certificates):
+    memory = compile_filter(certificates["deltanet"], algorithm="token")
+    u = memory.exact.model.draw_inputs(jax.random.key(0), 3)
+    u["noise"] = u["noise"].at[1].set(1e-20)
+    assert np.all(np.isfinite(eqx.filter_jit(memory)(u, memory.init_state())[0].mean))
+
+
+def test_a_filter_that_ran_in_float64_compiles_to_float32(certificates):
+    exact = certificates["bayesian_layer"].exact_filter
+    with jax.enable_x64(True):
+        exact.run(exact.model.draw_inputs(jax.random.key(0), 3))
+    assert compile_filter(certificates["bayesian_layer"]).init_state().mean.dtype == jnp.float32
