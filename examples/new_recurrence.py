@@ -19,12 +19,12 @@ PAIRS, BATCH, STEPS = 8, 16, 100
 
 def memory(value_width, key_width):
     def prior():
-        mean = jnp.zeros((value_width, key_width))
-        return numpyro.sample("memory", dist.Normal(mean, 1.0).to_event(2))
+        shape = (value_width, key_width)
+        return numpyro.sample("memory", dist.Normal(jnp.zeros(shape), 1.0).to_event(2))
 
     def transition(memory, u):
-        law = dist.Normal(memory * u["decay"], jnp.sqrt(u["drift"]))
-        return numpyro.sample("memory", law.to_event(2))
+        fading, scale = memory * u["decay"], jnp.sqrt(u["drift"])
+        return numpyro.sample("memory", dist.Normal(fading, scale).to_event(2))
 
     def observe(memory, u):
         noise = u["noise"] * (1 + jnp.sum(u["drift"]))
@@ -47,10 +47,10 @@ def memory(value_width, key_width):
 def draw_recall(rng):
     """Pairs of tokens k v k v ..., then the keys in another order, whose values are asked for."""
     rng_keys, rng_values, rng_order = jax.random.split(rng, 3)
-    tokens = jnp.tile(jnp.arange(PAIRS), (BATCH, 1))
-    keys = jax.random.permutation(rng_keys, tokens, axis=1, independent=True)
+    numbers = jnp.tile(jnp.arange(PAIRS), (BATCH, 1))
+    keys = jax.random.permutation(rng_keys, numbers, axis=1, independent=True)
     values = PAIRS + jax.random.randint(rng_values, (BATCH, PAIRS), 0, PAIRS)
-    order = jax.random.permutation(rng_order, tokens, axis=1, independent=True)
+    order = jax.random.permutation(rng_order, numbers, axis=1, independent=True)
     pairs = jnp.stack([keys, values], axis=2).reshape(BATCH, 2 * PAIRS)
     asked, answers = (jnp.take_along_axis(part, order, axis=1) for part in (keys, values))
     return jnp.concatenate([pairs, asked], axis=1), answers
@@ -82,7 +82,7 @@ def main():
         model, state, loss = train(model, state, rng)
         losses.append(float(loss))
     print(f"{model}\nloss before {losses[0]:.3f}, after {STEPS} steps {losses[-1]:.3f}")
-    return losses[0], losses[-1]
+    return losses
 
 
 if __name__ == "__main__":
