@@ -1,20 +1,12 @@
 """What every test file shares: how programs are compiled, and skips."""
 
 import os
-import sys
 
 import jax
 import pytest
 
 # Tests compile many small programs and run each once: less optimisation takes a quarter less time.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-
-# Run by name until they fit the suite's time: tests/test_layers.py and the others named here.
-collect_ignore = (
-    []
-    if any(argument.endswith(".py") for argument in sys.argv[1:])
-    else ["test_compiled.py", "test_layers.py", "test_new_recurrence.py"]
-)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
