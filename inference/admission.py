@@ -57,7 +57,10 @@ def check_inputs(
         raise ModelError(f"`inputs` have lengths {lengths}; give all the same, at least 1 step.")
     if any(isinstance(array, Tracer) for array in inputs.values()):
         return
-    found = jax.tree.map(np.asarray, judge(dict(inputs)))
+    judged = judge(dict(inputs))
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(judged)):
+        return  # inside a trace, a compiled check of plain numbers has no values either
+    found = jax.tree.map(np.asarray, judged)
     faults = [
         (int(np.argmin(holds)), rank, part in (_OBSERVED, _DENSITY), name, part)
         for rank, verdicts in enumerate(found)

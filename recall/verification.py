@@ -98,7 +98,13 @@ def _verify_entry(name: str, seed: int, stages: Any) -> Outcome:
     jax.config.update("jax_enable_x64", True)
     entry = CATALOGUE[name]
     subject = Subject(name, entry.model(), entry.policy)
-    return verify_subject(subject, seed=seed, progress=lambda stage: stages.put((name, stage)))[0]
+    try:
+        return verify_subject(subject, seed=seed, progress=lambda stage: stages.put((name, stage)))[
+            0
+        ]
+    except Exception as error:  # JAX's errors cannot cross to another process
+        first = str(error).splitlines()[0] if str(error) else ""
+        raise RuntimeError(f"{name}: {type(error).__name__}: {first}") from None
 
 
 ORACLES = (joint.ORACLE, simulation.ORACLE, nuts.ORACLE, textbook.ORACLE)
