@@ -105,9 +105,9 @@ def with_fault(role: str, plant: Plant | None) -> DesignModel:
         return S
 
     def transition(S, u):
-        S: Any = numpyro.sample("S", dist.Normal(0.9 * S, 0.2).to_event(2))
-        planted("transition", S[0])
-        return S
+        moved: Any = numpyro.sample("S", dist.Normal(0.9 * S, 0.2).to_event(2))
+        planted("transition", moved[0])
+        return moved
 
     def observe(S, u):
         numpyro.sample("v", dist.Normal(S @ u["key"], 0.5).to_event(1), obs=u["value"])
