@@ -12,13 +12,12 @@ from pathlib import Path
 
 import jax
 
-from inference.claim import claimant
 from inference.derivation import derive
 from inference.exact_filter import ExactFilter
 from inference.oracles.statistics import FALSE_ALARM
-from inference.verify import judge_reduction, set_scene
+from inference.verify import set_scene
 from recall.records import record, write_json
-from tests.planted_faults import FAULTS, Bench, Case, catalogue_cases, failed, faults_of, faulty
+from tests.planted_faults import FAULTS, Bench, Case, Claims, catalogue_cases, failed, faults_of
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -52,12 +51,12 @@ def run(config: Config, progress: Callable[[str], None]) -> Result:
     with jax.enable_x64(True):
         for case in catalogue_cases():
             start = time.perf_counter()
-            exact, bench = derive(case.model), Bench(case.model)
+            exact, bench = derive(case.model), Bench(case)
             rates = power(case, exact, bench, config.power_seeds)
             result.honest[case.name] = rates.pop("none")
             result.power[case.name] = rates
             if case.name in config.alarm_cases:
-                result.alarms[case.name] = alarms(exact, bench, config, progress)
+                result.alarms[case.name] = alarms(case, exact, bench, config, progress)
             progress(f"{case.name}: {time.perf_counter() - start:.0f} s")
     return result
 
@@ -66,44 +65,35 @@ def power(
     case: Case, exact: ExactFilter, bench: Bench, seeds: tuple[int, ...]
 ) -> dict[str, dict[str, float]]:
     """Rejection rate by fault and oracle; fault "none" is the filter as derived."""
-    claims = {"none": claimant(exact, case.policy)}
-    claims |= {fault.name: faulty(fault, exact, case.policy) for fault in faults_of(case, exact)}
-    rates: dict[str, dict[str, float]] = {name: {} for name in claims}
+    claims = Claims(case, exact, faults_of(case, exact))
+    oracles = (
+        {"joint": bench.joint, "NUTS": bench.nuts, "simulation": bench.simulation}
+        if case.exact
+        else {"textbook": bench.textbook}
+    )
+    rates = {name: dict.fromkeys(oracles, 0.0) for name in claims.names}
     for seed in seeds:
         scene = set_scene(exact, seed)
-        if case.exact:
-            judges = {
-                "joint": bench.joint(scene),
-                "NUTS": bench.nuts(scene),
-                "simulation": bench.simulation(scene),
-            }
-        else:
-            judges = {
-                "textbook": lambda claim, scene=scene: judge_reduction(
-                    exact, case.policy, claim, scene
-                )
-            }
-        for name, claim in claims.items():
-            for oracle, judge in judges.items():
-                caught = failed(judge(claim)) / len(seeds)
-                rates[name][oracle] = rates[name].get(oracle, 0.0) + caught
+        for oracle, judge in oracles.items():
+            for name, checks in judge(claims, scene).items():
+                rates[name][oracle] += failed(checks) / len(seeds)
     return rates
 
 
 def alarms(
-    exact: ExactFilter, bench: Bench, config: Config, progress: Callable[[str], None]
+    case: Case, exact: ExactFilter, bench: Bench, config: Config, progress: Callable[[str], None]
 ) -> dict[str, dict]:
     """How often each oracle rejects the exact filter, and for which quantity."""
-    claim = claimant(exact)
+    honest = Claims(case, exact, [])
     counts = {}
-    for oracle, prepare, seeds in (
+    for oracle, judge, seeds in (
         ("joint", bench.joint, config.alarm_seeds),
         ("simulation", bench.simulation, config.alarm_seeds),
         ("NUTS", bench.nuts, config.nuts_alarm_seeds),
     ):
         rejected = {}
         for seed in seeds:
-            checks = prepare(set_scene(exact, seed))(claim)
+            checks = judge(honest, set_scene(exact, seed))["none"]
             if failed(checks):
                 rejected[seed] = [check.quantity for check in checks if not check.holds]
         counts[oracle] = {"runs": len(seeds), "rejections": len(rejected), "which": rejected}

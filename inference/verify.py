@@ -98,7 +98,8 @@ def verify(
         cost = None
         if not isinstance(policy, Exact):
             progress("policy")
-            checks += judge_reduction(exact, policy, claimant(exact, policy), scene)
+            reduced = claimant(exact, policy)
+            checks += textbook.judge(model, policy, reduced, scene.inputs, scene.seen)
             stream = model.draw_inputs(jax.random.key(seed + 2), STREAM)
             cost = reduction_cost(exact, policy, stream, jax.random.key(seed + 3))
         progress("describe")
@@ -133,13 +134,6 @@ def judge(
     progress(nuts.ORACLE)
     checks += nuts.judge(model, claim, scene.inputs, scene.seen, seed=scene.seed + 5)
     return checks
-
-
-def judge_reduction(
-    exact: ExactFilter, policy: Policy, claim: Claimant, scene: Scene
-) -> list[Check]:
-    """Judge any claim to be the reduction of a derived filter under `policy`."""
-    return textbook.judge(exact.model, policy, claim, scene.inputs, scene.seen)
 
 
 def _sites(exact: ExactFilter) -> tuple[str, ...]:

@@ -5,8 +5,11 @@ import os
 import jax
 import pytest
 
-# Tests compile many small programs and run each once: less optimisation takes a quarter less time.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Tests compile many small programs and run each once: less optimisation takes a third less time.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

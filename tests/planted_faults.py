@@ -4,23 +4,24 @@ Each fault alters one step of a filter that is otherwise honest: its coefficient
 carries, or what it reports.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from design_models import CATALOGUE, DesignModel
 from design_models.policy import Exact, Policy, Reset
-from inference.claim import Claim, Claimant
+from inference.claim import Claim, Claimant, claimant
 from inference.exact_filter import ExactFilter
 from inference.extraction import arrange_observed
 from inference.kalman import predict
 from inference.linear_gaussian import Belief, Observed, Step
-from inference.oracles import joint, nuts, simulation
+from inference.oracles import joint, nuts, simulation, textbook
 from inference.oracles.check import Check
 from inference.policies import advance_under
 from inference.verify import Scene
@@ -135,27 +136,27 @@ class Fault:
     plant: Callable[[Moment], Told]
 
 
-def faulty(fault: Fault, exact: ExactFilter, policy: Policy | None = None) -> Claimant:
+def faulty(fault: Fault, exact: ExactFilter, policy: Policy) -> Claimant:
     """A derived filter, or its reduction, with a fault planted in every step."""
-    chosen = Exact() if policy is None else policy
     split = sum(site.size for site in exact.proof.transition.observed)
 
     def claim(inputs: Mapping[str, Array], observed: Float[Array, "time seen"]) -> Claim:
-        def body(belief, values_and_u):
-            values, u = values_and_u
-            seen = arrange_observed(exact.partition, values[:split], values[split:])
-            told = fault.plant(Moment(exact, chosen, belief, exact.coefficients(u), seen, u))
-            read = exact.read(told.read, u)
-            return told.carried, (told.reported, read, told.log_evidence)
+        steps = jax.vmap(exact.coefficients)(inputs)
+        seen = jax.vmap(lambda y: arrange_observed(exact.partition, y[:split], y[split:]))(observed)
 
-        _, (beliefs, read, log_evidence) = jax.lax.scan(
-            body, exact.initial(), (observed, dict(inputs))
+        def body(belief, moment):
+            told = fault.plant(Moment(exact, policy, belief, *moment))
+            return told.carried, (told.reported, told.read, told.log_evidence)
+
+        _, (reported, read, log_evidence) = jax.lax.scan(
+            body, exact.initial(), (steps, seen, inputs)
         )
+        predictions = jax.vmap(exact.read)(read, inputs)
         return Claim(
-            jax.vmap(exact.flat)(beliefs.mean),
-            jax.vmap(exact.dense_covariance)(beliefs.covariance),
-            read.mean,
-            read.variance,
+            jax.vmap(exact.flat)(reported.mean),
+            jax.vmap(exact.dense_covariance)(reported.covariance),
+            predictions.mean,
+            predictions.variance,
             log_evidence,
         )
 
@@ -298,38 +299,64 @@ def faults_of(case: Case, exact: ExactFilter) -> list[Fault]:
     return [fault for fault in FAULTS if fault.applies(case, exact)]
 
 
+class Claims:
+    """The filter of a case as derived ("none") and with each of some faults, compiled together."""
+
+    def __init__(self, case: Case, exact: ExactFilter, faults: Sequence[Fault]) -> None:
+        claims = {"none": claimant(exact, case.policy)} | {
+            fault.name: faulty(fault, exact, case.policy) for fault in faults
+        }
+        self.names = tuple(claims)
+        self.say = jax.jit(
+            lambda inputs, seen: {name: claim(inputs, seen) for name, claim in claims.items()}
+        )
+        self.say_last = jax.jit(
+            lambda inputs, seen: {
+                name: simulation.last_beliefs(claim, inputs, seen) for name, claim in claims.items()
+            }
+        )
+
+
 class Bench:
-    """The oracles of one model, which judge many claims about few scenes.
+    """The oracles of one case: each judges several claims about one scene."""
 
-    What an oracle needs of a scene is computed once, whatever is claimed.
-    """
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.conditioner = joint.conditioner(case.model)
+        self.simulate = simulation.simulator(case.model)
+        self.sample = nuts.sampler(case.model)
 
-    def __init__(self, model: DesignModel) -> None:
-        self.conditioner = joint.conditioner(model)
-        self.simulate = simulation.simulator(model)
-        self.sample = nuts.sampler(model)
-
-    def joint(self, scene: Scene) -> Callable[[Claimant], list[Check]]:
-        """Joint conditioning as a judge of claims."""
-        lengths = sorted({1, 2, len(scene.seen)})
+    def joint(self, claims: Claims, scene: Scene) -> dict[str, list[Check]]:
+        """Checks by joint conditioning."""
         exact = {
             length: self.conditioner(
                 {name: array[:length] for name, array in scene.inputs.items()}, scene.seen[:length]
             )
-            for length in lengths
+            for length in sorted({1, len(scene.seen)})
         }
-        return lambda claim: joint.compare(claim, scene.inputs, scene.seen, exact)
+        said = claims.say(scene.inputs, scene.seen)
+        return {name: joint.compare(claim, exact) for name, claim in said.items()}
 
-    def simulation(self, scene: Scene) -> Callable[[Claimant], list[Check]]:
-        """Simulation as a judge of claims."""
+    def simulation(self, claims: Claims, scene: Scene) -> dict[str, list[Check]]:
+        """Checks by simulation."""
         truth = self.simulate(scene.inputs, scene.seed + 4)
-        return lambda claim: simulation.compare(claim, scene.inputs, truth)
+        said = claims.say_last(scene.inputs, truth.seen)
+        return {name: simulation.compare(last, truth) for name, last in said.items()}
 
-    def nuts(self, scene: Scene) -> Callable[[Claimant], list[Check]]:
-        """NUTS as a judge of claims."""
+    def nuts(self, claims: Claims, scene: Scene) -> dict[str, list[Check]]:
+        """Checks by NUTS."""
         seen = nuts.AMPLIFICATION * scene.seen
         posterior = self.sample(scene.inputs, seen, scene.seed + 5)
-        return lambda claim: nuts.compare(claim, scene.inputs, seen, posterior)
+        said = claims.say(scene.inputs, seen)
+        return {name: nuts.compare(claim, posterior) for name, claim in said.items()}
+
+    def textbook(self, claims: Claims, scene: Scene) -> dict[str, list[Check]]:
+        """Checks by the textbook recurrence of a reduction."""
+        right = textbook.recursion(
+            self.case.model, self.case.policy, scene.inputs, np.asarray(scene.seen)
+        )
+        said = claims.say(scene.inputs, scene.seen)
+        return {name: textbook.compare(claim, right) for name, claim in said.items()}
 
 
 def failed(checks: list[Check]) -> bool:

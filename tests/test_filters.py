@@ -1,23 +1,24 @@
 """The exact filters against joint conditioning, a dense textbook filter, and float64."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from catalogue_filters import EXACT_NAMES, NAMES, by_name, catalogue_filter
 
 from design_models import CATALOGUE
-from design_models.policy import Exact
 from inference.claim import claimant
-from inference.derivation import draft
+from inference.exact_filter import Filtered
 from inference.kalman import advance, advance_factor
 from inference.linear_gaussian import Belief, FactorBelief, Observation, Observed, Step
 from inference.oracles import joint
 from inference.oracles.program import Program
 from inference.smoothing import smooth
 
-EXACT = [name for name, entry in CATALOGUE.items() if isinstance(entry.policy, Exact)]
+STEPS = 200
 
 
 @pytest.fixture(autouse=True)
@@ -26,17 +27,12 @@ def float64():
         yield
 
 
-def scene(model, steps):
-    inputs = model.draw_inputs(jax.random.key(3), steps)
-    _, _, seen = Program(model, inputs).simulate(jax.random.key(4))
-    return inputs, seen
-
-
-@pytest.mark.parametrize("name", EXACT)
+@by_name(EXACT_NAMES)
 def test_one_step_agrees_with_joint_conditioning(name):
-    model = CATALOGUE[name].model()
-    inputs, seen = scene(model, 1)
-    for check in joint.judge(model, claimant(draft(model)), inputs, seen):
+    exact = catalogue_filter(name)
+    inputs = exact.model.draw_inputs(jax.random.key(3), 1)
+    _, _, seen = Program(exact.model, inputs).simulate(jax.random.key(4))
+    for check in joint.judge(exact.model, claimant(exact), inputs, seen):
         assert check.statistic <= 1e-10, check
 
 
@@ -110,35 +106,38 @@ def dense_filter(steps: list[Dense], size: int):
     return np.array(means), np.array(covariances), np.array(log_evidence)
 
 
-@pytest.mark.parametrize("name", EXACT)
+@cache
+def filtered(name: str) -> tuple[dict[str, jax.Array], Filtered]:
+    exact = catalogue_filter(name)
+    inputs = exact.model.draw_inputs(jax.random.key(5), STEPS)
+    return inputs, exact.run(inputs)
+
+
+@by_name(EXACT_NAMES)
 def test_two_hundred_steps_agree_with_a_dense_filter(name):
-    value_width, key_width, steps = 2, 3, 200
-    model = CATALOGUE[name].model(value_width, key_width)
-    inputs = model.draw_inputs(jax.random.key(5), steps)
-    exact = draft(model)
-    claim = jax.jit(claimant(exact))(inputs, exact.observations(inputs))
+    inputs, found = filtered(name)
     arrays = {name: np.asarray(array) for name, array in inputs.items()}
+    value_width, key_width = found.means.shape[1:]
     dense = [
         dense_step(name, {n: array[t] for n, array in arrays.items()}, value_width)
-        for t in range(steps)
+        for t in range(STEPS)
     ]
     means, covariances, log_evidence = dense_filter(dense, value_width * key_width)
-    np.testing.assert_allclose(claim.means, means, rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(claim.covariances, covariances, rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(claim.log_evidence, log_evidence, rtol=1e-9, atol=1e-9)
+    dense_found = jax.vmap(catalogue_filter(name).dense_covariance)(found.beliefs.covariance)
+    np.testing.assert_allclose(found.means.reshape(STEPS, -1), means, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(dense_found, covariances, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(found.log_evidence, log_evidence, rtol=1e-9, atol=1e-9)
     read = [np.kron(np.eye(value_width), query[None]) for query in arrays["query"]]
     outputs = [row @ mean for row, mean in zip(read, means, strict=True)]
     variances = [np.diag(r @ p @ r.T) for r, p in zip(read, covariances, strict=True)]
-    np.testing.assert_allclose(claim.output_means, outputs, rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(claim.output_variances, variances, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(found.outputs, outputs, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(found.output_variances, variances, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", EXACT)
+@by_name(EXACT_NAMES)
 def test_factor_form_is_covariance_form(name):
-    model = CATALOGUE[name].model()
-    inputs = model.draw_inputs(jax.random.key(6), 12)
-    exact = draft(model)
-    plain, factor = exact.run(inputs), exact.run(inputs, form="factor")
+    inputs, plain = filtered(name)
+    factor = catalogue_filter(name).run(inputs, form="factor")
     np.testing.assert_allclose(factor.means, plain.means, atol=1e-11)
     np.testing.assert_allclose(factor.covariances, plain.covariances, atol=1e-11)
     np.testing.assert_allclose(factor.log_evidence, plain.log_evidence, atol=1e-9)
@@ -207,16 +206,14 @@ def test_covariance_form_loses_definiteness_in_float32_on_the_same_writes():
 
 
 def test_smoothing_agrees_with_filtering_at_the_end():
-    model = CATALOGUE["bayesian_layer"].model()
-    inputs = model.draw_inputs(jax.random.key(7), 6)
-    exact = draft(model)
+    exact = catalogue_filter("bayesian_layer")
+    inputs = exact.model.draw_inputs(jax.random.key(7), 6)
     smoothed, filtered = smooth(exact, inputs), exact.run(inputs).beliefs
     np.testing.assert_allclose(smoothed.mean[-1], filtered.mean[-1], atol=1e-12)
     early = jnp.trace(smoothed.covariance[0, 0]) < jnp.trace(filtered.covariance[0, 0])
     assert bool(early), "later observations make the first memory surer"
 
 
-@pytest.mark.parametrize("name", list(CATALOGUE))
+@by_name(NAMES)
 def test_compiled_paths_of_the_catalogue_are_those_of_the_derived_structure(name):
-    entry = CATALOGUE[name]
-    assert entry.paths == draft(entry.model()).structure.paths
+    assert CATALOGUE[name].paths == catalogue_filter(name).structure.paths

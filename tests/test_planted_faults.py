@@ -3,17 +3,17 @@
 The rates over several seeds are in `results/oracle_power.md`.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Mapping
 
 import jax
 import pytest
-from planted_faults import Bench, Case, catalogue_cases, failed, faults_of, faulty
+from planted_faults import Bench, Case, Claims, catalogue_cases, failed, faults_of
 
-from inference.claim import Claimant, claimant
 from inference.derivation import draft
 from inference.exact_filter import ExactFilter
 from inference.oracles.check import Check
-from inference.verify import judge_reduction, set_scene
+from inference.verify import set_scene
 
 CASES = catalogue_cases()
 EXACT = [case for case in CASES if case.exact]
@@ -33,53 +33,54 @@ def _float64():
         yield
 
 
-def verdicts(
-    case: Case, exact: ExactFilter, judge: Callable[[Claimant], list[Check]]
-) -> dict[str, bool]:
-    """Whether the filter is rejected, as derived ("none") and with each fault."""
-    rejected = {"none": failed(judge(claimant(exact, case.policy)))}
-    for fault in faults_of(case, exact):
-        rejected[fault.name] = failed(judge(faulty(fault, exact, case.policy)))
-    return rejected
-
-
-def only_faults(rejected: dict[str, bool]) -> dict[str, bool]:
-    """The verdicts that are wanted."""
-    return {name: name != "none" for name in rejected}
-
-
-@pytest.mark.parametrize("case", EXACT, ids=lambda case: case.name)
-def test_joint_conditioning_rejects_every_fault_and_only_those(case):
+@functools.cache
+def drafted(case: Case) -> tuple[ExactFilter, Claims]:
     exact = draft(case.model)
-    rejected = verdicts(case, exact, Bench(case.model).joint(set_scene(exact, 0)))
-    assert rejected == only_faults(rejected)
+    return exact, Claims(case, exact, faults_of(case, exact))
+
+
+def only_faults(checks: Mapping[str, list[Check]]) -> bool:
+    """Whether exactly the claims with a fault are rejected."""
+    rejected = {name for name, found in checks.items() if failed(found)}
+    return rejected == checks.keys() - {"none"}
+
+
+def by_case(cases: list[Case]) -> pytest.MarkDecorator:
+    """One test a case; those of one case share a process, and with it the compiled claims."""
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(case, id=case.name, marks=pytest.mark.xdist_group(case.name))
+            for case in cases
+        ],
+    )
+
+
+@by_case(EXACT)
+def test_joint_conditioning_rejects_every_fault_and_only_those(case):
+    exact, claims = drafted(case)
+    assert only_faults(Bench(case).joint(claims, set_scene(exact, 0)))
 
 
 @pytest.mark.nuts
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ABOUT_WRITES, ids=lambda case: case.name)
+@by_case(ABOUT_WRITES)
 def test_nuts_rejects_every_fault_and_only_those(case):
-    exact = draft(case.model)
-    rejected = verdicts(case, exact, Bench(case.model).nuts(set_scene(exact, 0)))
-    assert rejected == only_faults(rejected)
+    exact, claims = drafted(case)
+    assert only_faults(Bench(case).nuts(claims, set_scene(exact, 0)))
 
 
-@pytest.mark.parametrize("case", ABOUT_MEMORY, ids=lambda case: case.name)
+@by_case(ABOUT_MEMORY)
 def test_simulation_rejects_every_fault_and_only_those(case):
-    exact = draft(case.model)
-    judge = Bench(case.model).simulation(set_scene(exact, 0))
-    rejected = verdicts(case, exact, judge)
+    exact, claims = drafted(case)
+    checks = Bench(case).simulation(claims, set_scene(exact, 0))
     if case.name == "linear_attention, unit keys":
         # A 5 % error of the noise moves the mean by a small part of one write (NUTS sees it).
-        del rejected["noise 5 % up"]
-    assert rejected == only_faults(rejected)
+        del checks["noise 5 % up"]
+    assert only_faults(checks)
 
 
-@pytest.mark.parametrize("case", REDUCED, ids=lambda case: case.name)
+@by_case(REDUCED)
 def test_the_textbook_recurrence_rejects_every_fault_and_only_those(case):
-    exact = draft(case.model)
-    scene = set_scene(exact, 0)
-    rejected = verdicts(
-        case, exact, lambda claim: judge_reduction(exact, case.policy, claim, scene)
-    )
-    assert rejected == only_faults(rejected)
+    exact, claims = drafted(case)
+    assert only_faults(Bench(case).textbook(claims, set_scene(exact, 0)))

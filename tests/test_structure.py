@@ -12,6 +12,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from catalogue_filters import NAMES, by_name, catalogue_filter
 
 from design_models import CATALOGUE, DesignModel
 from design_models.example_inputs import DEFAULTS
@@ -299,11 +300,6 @@ def outside(make) -> ExactFilter:
     return draft(make())
 
 
-@cache
-def catalogued(name: str) -> ExactFilter:
-    return draft(CATALOGUE[name].model(V, K))
-
-
 def name_of(make) -> str:
     return make.__name__
 
@@ -321,9 +317,9 @@ def test_structure_outside_the_catalogue(make):
     assert (found.observations, found.shifted) == (observations, shifted)
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
+@by_name(NAMES)
 def test_structure_of_the_catalogue(name):
-    exact = catalogued(name)
+    exact = catalogue_filter(name)
     kind, cut, transition, drift, evidence, observations = CATALOGUED[name]
     found = exact.structure
     assert exact.partition.states.shape == cut
@@ -332,16 +328,18 @@ def test_structure_of_the_catalogue(name):
 
 
 def test_the_words_give_rows_and_widths():
-    assert catalogued("bayesian_layer").structure.words == (
+    assert catalogue_filter("bayesian_layer").structure.words == (
         "The 3 rows of the memory share one 2×2 covariance."
     )
     assert outside(separate_rows).structure.words == (
         "The 3 rows are independent, each with a 2×2 covariance of its own."
     )
-    assert catalogued("linear_attention").structure.words == (
+    assert catalogue_filter("linear_attention").structure.words == (
         "All 6 entries of the memory share one variance."
     )
-    assert "2 different variances, each shared by 3 entries" in catalogued("gla").structure.words
+    assert (
+        "2 different variances, each shared by 3 entries" in catalogue_filter("gla").structure.words
+    )
     assert outside(tied_rows).structure.words == (
         "All 6 entries are tied together: one 6×6 covariance."
     )
@@ -358,7 +356,7 @@ def test_structure_does_not_depend_on_zeros_and_ones_in_the_examples():
         "key": jnp.eye(K)[jnp.zeros(3, int)],
         "decay": jnp.ones(3),
     }
-    assert draft(model, special).structure == catalogued("bayesian_layer").structure
+    assert draft(model, special).structure == catalogue_filter("bayesian_layer").structure
 
 
 def test_rows_that_differ_in_tiny_units_are_not_shared():
@@ -430,7 +428,7 @@ def evaluate(expression: str, u: dict[str, np.ndarray]) -> np.ndarray:
     "case", NAMED, ids=lambda case: case if isinstance(case, str) else name_of(case)
 )
 def test_equations_name_the_coefficients(case):
-    exact = catalogued(case) if isinstance(case, str) else outside(case)
+    exact = catalogue_filter(case) if isinstance(case, str) else outside(case)
     found = named_coefficients(exact)
     assert {symbol: found.get(symbol) for symbol in NAMED[case]} == NAMED[case]
 
@@ -445,7 +443,7 @@ WHOLE_ROWS = [c for c in NAMED if not isinstance(c, str) and OUTSIDE[c][0] == "s
 )
 def test_named_coefficients_have_the_values_of_the_model(case):
     """Each named coefficient, evaluated at new inputs, is what a plain run of the model shows."""
-    exact = catalogued(case) if isinstance(case, str) else outside(case)
+    exact = catalogue_filter(case) if isinstance(case, str) else outside(case)
     model = exact.model
     u = {n: np.asarray(a[0]) for n, a in model.draw_inputs(jax.random.key(9), 1).items()}
     memory = np.random.default_rng(0).normal(size=jax.tree.leaves(exact.proof.memory)[0].shape)
@@ -502,12 +500,15 @@ NOVEL = (
 
 @pytest.mark.parametrize("name", SAME)
 def test_an_exact_entry_is_its_own_kin(name):
-    assert find_kin(catalogued(name).structure).same == SAME[name]
+    assert find_kin(catalogue_filter(name).structure).same == SAME[name]
 
 
 def test_entries_of_one_design_model_are_named_as_its_reductions():
-    assert find_kin(catalogued("bayesian_static").structure).reductions == ("deltanet", "mesanet")
-    kin = find_kin(catalogued("gated_deltanet").structure)
+    assert find_kin(catalogue_filter("bayesian_static").structure).reductions == (
+        "deltanet",
+        "mesanet",
+    )
+    kin = find_kin(catalogue_filter("gated_deltanet").structure)
     assert (kin.same, kin.reductions) == ((), ("gated_deltanet",))
     assert kin.general[0] == "bayesian_layer"
 

@@ -19,7 +19,7 @@ from numpyro.infer import MCMC, NUTS
 
 from design_models import DesignModel
 
-from ..claim import Claimant
+from ..claim import Claim, Claimant
 from .check import Check
 from .program import Program, Seen
 from .statistics import impossible, largest, moments, whiten
@@ -101,22 +101,24 @@ def judge(
 ) -> list[Check]:
     """Compare a claim about the last step with draws of the posterior."""
     amplified = AMPLIFICATION * seen
-    return compare(claim, inputs, amplified, sampler(model)(inputs, amplified, seed))
+    posterior = sampler(model)(inputs, amplified, seed)
+    return compare(jax.jit(claim)(inputs, amplified), posterior)
 
 
-def compare(
-    claim: Claimant, inputs: Mapping[str, Array], seen: Seen, posterior: Posterior
-) -> list[Check]:
-    """Compare a claim with draws that were made before."""
-    claimed = jax.tree.map(np.asarray, jax.jit(claim)(inputs, seen))
+def compare(claimed: Claim, posterior: Posterior) -> list[Check]:
+    """Compare what a filter said of the amplified values with draws of the posterior."""
     checks = [
         Check(ORACLE, "R-hat", posterior.rhat, _LARGEST_RHAT, "ratio"),
         Check(ORACLE, "400 / effective draws", _SMALLEST_ESS / posterior.ess, 1.0, "ratio"),
         Check(ORACLE, "divergences", float(posterior.divergences), 0.0, "count"),
     ]
-    memory = whiten(posterior.memory, claimed.means[-1], claimed.covariances[-1])
+    memory = whiten(
+        posterior.memory, np.asarray(claimed.means[-1]), np.asarray(claimed.covariances[-1])
+    )
     output = whiten(
-        posterior.output, claimed.output_means[-1], np.diag(claimed.output_variances[-1])
+        posterior.output,
+        np.asarray(claimed.output_means[-1]),
+        np.diag(claimed.output_variances[-1]),
     )
     if memory is None:
         return [*checks, impossible(ORACLE, "memory")]

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 from scipy import stats
@@ -26,7 +26,6 @@ from .statistics import FALSE_ALARM, impossible, largest, moments, whiten
 ORACLE = "simulation"
 _FEWEST_DRAWS, _MOST_DRAWS = 20_000, 100_000
 _DRAWN_NUMBERS = 4_000_000
-_MOST_PRODUCTS = 400
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,15 @@ class Truth:
     memory: Float[np.ndarray, "draw entry"]
     output: Float[np.ndarray, "draw output"]
     seen: Float[np.ndarray, "draw time seen"]
+
+
+class LastBeliefs(eqx.Module):
+    """What a filter says after the last step; only its means depend on the values seen."""
+
+    means: Float[Array, "draw entry"]
+    output_means: Float[Array, "draw output"]
+    covariance: Float[Array, "entry entry"]
+    output_variances: Float[Array, " output"]
 
 
 def simulator(model: DesignModel) -> Callable[[Mapping[str, Array], int], Truth]:
@@ -57,28 +65,41 @@ def judge(
     model: DesignModel, claim: Claimant, inputs: Mapping[str, Array], *, seed: int
 ) -> list[Check]:
     """Compare a claim about the last step with simulated truth."""
-    return compare(claim, inputs, simulator(model)(inputs, seed))
+    truth = simulator(model)(inputs, seed)
+    said = jax.jit(partial(last_beliefs, claim))(inputs, truth.seen)
+    return compare(said, truth)
 
 
-def compare(claim: Claimant, inputs: Mapping[str, Array], truth: Truth) -> list[Check]:
-    """Compare a claim with draws that were made before."""
-    memory, output, seen = truth.memory, truth.output, truth.seen
-    means, output_means, covariance, variances = (
-        np.asarray(part) for part in _last_step(claim, inputs, jnp.asarray(seen))
-    )
-    white = whiten(memory - means, np.zeros(means.shape[-1]), covariance)
+def last_beliefs(
+    claim: Claimant, inputs: Mapping[str, Array], seen: Float[Array, "draw time seen"]
+) -> LastBeliefs:
+    """What a filter says at the end of every draw."""
+
+    def means(values: Float[Array, "time seen"]) -> tuple[Array, Array]:
+        said = claim(inputs, values)
+        return said.means[-1], said.output_means[-1]
+
+    first = claim(inputs, seen[0])
+    return LastBeliefs(*jax.vmap(means)(seen), first.covariances[-1], first.output_variances[-1])
+
+
+def compare(said: LastBeliefs, truth: Truth) -> list[Check]:
+    """Compare what a filter said of simulated values with the truth."""
+    errors = truth.memory - np.asarray(said.means)
+    output_errors = truth.output - np.asarray(said.output_means)
+    white = whiten(errors, np.zeros(errors.shape[-1]), np.asarray(said.covariance))
     white_output = whiten(
-        output - output_means, np.zeros(output_means.shape[-1]), np.diag(variances)
+        output_errors, np.zeros(output_errors.shape[-1]), np.diag(said.output_variances)
     )
     if white is None or white_output is None:
         return [impossible(ORACLE, "memory" if white is None else "read-out")]
-    values = seen.reshape(len(seen), -1)
+    values = truth.seen.reshape(len(truth.seen), -1)
     values = values / np.std(values, axis=0)
     scores = {
         "moments": _scores(moments(white)),
         "read-out": _scores(np.concatenate([white_output, white_output**2 - 1], axis=-1)),
-        "orthogonality": _scores(_products(white, values)),
-        "read-out orthogonality": _scores(_products(white_output, values)),
+        "orthogonality": _product_scores(white, values),
+        "read-out orthogonality": _product_scores(white_output, values),
     }
     uniform = {
         "chi-square": stats.kstest(np.sum(white**2, axis=-1), stats.chi2(white.shape[-1]).cdf),
@@ -93,27 +114,12 @@ def compare(claim: Claimant, inputs: Mapping[str, Array], truth: Truth) -> list[
     return checks
 
 
-@partial(jax.jit, static_argnames="claim")
-def _last_step(
-    claim: Claimant, inputs: Mapping[str, Array], seen: Float[Array, "draw time seen"]
-) -> tuple[Array, Array, Array, Array]:
-    """Means of memory and read-out for every draw; covariance and variances of the first."""
-
-    def means(values: Float[Array, "time seen"]) -> tuple[Array, Array]:
-        said = claim(inputs, values)
-        return said.means[-1], said.output_means[-1]
-
-    said = claim(inputs, seen[0])
-    return *jax.vmap(means)(seen), said.covariances[-1], said.output_variances[-1]
-
-
-def _products(errors: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Products of errors and values; random pairs where there are very many."""
-    pairs = np.indices((errors.shape[1], values.shape[1])).reshape(2, -1)
-    if pairs.shape[1] > _MOST_PRODUCTS:
-        chosen = np.random.default_rng(2).choice(pairs.shape[1], _MOST_PRODUCTS, replace=False)
-        pairs = pairs[:, chosen]
-    return errors[:, pairs[0]] * values[:, pairs[1]]
+def _product_scores(errors: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Scores of the mean product of every error with every value."""
+    count = len(errors)
+    mean = errors.T @ values / count
+    spread = np.sqrt((errors**2).T @ values**2 / count - mean**2) / np.sqrt(count)
+    return np.ravel(mean / spread)
 
 
 def _scores(statistic: np.ndarray) -> np.ndarray:

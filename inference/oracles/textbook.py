@@ -6,20 +6,21 @@ derivation nor `inference.policies` takes part.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array
+from jaxtyping import Array, Float
 from numpyro import handlers
 from numpyro.primitives import Messenger
 
 from design_models import DesignModel
 from design_models.policy import Diagonal, Forget, Isotropic, Policy, Reset
 
-from ..claim import Claimant
+from ..claim import Claim, Claimant
 from .check import Check
 from .joint import THRESHOLD, relative_error
 
@@ -53,19 +54,28 @@ class _AtMean(Messenger):
         msg["value"] = mean
 
 
+@dataclass(frozen=True)
+class Recursion:
+    """Means and covariances of the flattened memory after each step, and means read out."""
+
+    means: Float[np.ndarray, "time entry"]
+    covariances: Float[np.ndarray, "time entry entry"]
+    outputs: Float[np.ndarray, "time output"]
+
+
 def judge(
     model: DesignModel, policy: Policy, claim: Claimant, inputs: Mapping[str, Array], seen: Array
 ) -> list[Check]:
     """Compare a reduction's means and covariances at every step with the textbook recursion."""
-    claimed = jax.jit(claim)(inputs, seen)
-    means, covariances = recursion(model, policy, inputs, np.asarray(seen))
+    return compare(jax.jit(claim)(inputs, seen), recursion(model, policy, inputs, np.asarray(seen)))
+
+
+def compare(claimed: Claim, right: Recursion) -> list[Check]:
+    """Compare what a reduction said with the textbook recursion."""
     errors = {
-        "mean": relative_error(claimed.means, means),
-        "covariance": relative_error(claimed.covariances, covariances),
-        "read-out mean": relative_error(
-            claimed.output_means,
-            np.stack([_read(model, mean, inputs, t) for t, mean in enumerate(means)]),
-        ),
+        "mean": relative_error(claimed.means, right.means),
+        "covariance": relative_error(claimed.covariances, right.covariances),
+        "read-out mean": relative_error(claimed.output_means, right.outputs),
     }
     return [
         Check(ORACLE, quantity, error, THRESHOLD, "relative error")
@@ -75,8 +85,8 @@ def judge(
 
 def recursion(
     model: DesignModel, policy: Policy, inputs: Mapping[str, Array], seen: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Means and covariances (time, entry), (time, entry, entry) of the flattened memory."""
+) -> Recursion:
+    """Run the textbook recursion over a sequence."""
     prior = _AtMean()
     with handlers.block(), prior:
         memory = model.prior()
@@ -113,7 +123,8 @@ def recursion(
             covariance = _after(policy, covariance, gain, row, variance, width)
         means.append(mean)
         covariances.append(covariance)
-    return np.array(means), np.array(covariances)
+    outputs = [_read(model, mean, inputs, t) for t, mean in enumerate(means)]
+    return Recursion(np.array(means), np.array(covariances), np.array(outputs))
 
 
 def _after(policy, covariance, gain, row, variance, width):
