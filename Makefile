@@ -27,7 +27,7 @@ verify: setup
 	@$(BIN)/mbd recall
 
 test: setup
-	@$(BIN)/python -m pytest -n auto --quiet
+	@$(BIN)/python -m pytest -n auto --dist loadgroup --quiet
 
 check: setup
 	@$(BIN)/ruff check .
