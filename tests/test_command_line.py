@@ -153,6 +153,7 @@ def shared(verify_once, monkeypatch):
 @pytest.mark.nuts
 @pytest.mark.slow
 @pytest.mark.usefixtures("shared")
+@pytest.mark.xdist_group("kin")
 def test_the_model_that_new_writes_verifies_as_it_stands(started, tmp_path, capsys):
     assert main(["verify", f"{started}:model", "--json", str(tmp_path / "record.json")]) == 0
     said = capsys.readouterr()
@@ -250,6 +251,7 @@ def walk(key, value):
 
 @pytest.mark.nuts
 @pytest.mark.slow
+@pytest.mark.xdist_group("kin")
 def test_a_whole_numpyro_model_verifies_by_its_name(write, capsys):
     path = write(WHOLE_MODEL.format(mean="0.9 * memory", noise="Normal"))
     code = main(["verify", f"{path}:walk"])

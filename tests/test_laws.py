@@ -17,6 +17,7 @@ from inference.smoothing import smooth
 WIDTHS = st.sampled_from([(3, 2), (1, 4)])
 SEEDS = st.integers(0, 2**32 - 1)
 STEPS = 5
+pytestmark = pytest.mark.xdist_group("laws")
 few = settings(max_examples=10, deadline=None, derandomize=True)
 
 

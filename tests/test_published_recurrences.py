@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from catalogue_filters import NAMES, by_name
 from jla.ops import linear_attention
 
 from design_models.associative_regression import associative_regression
 from design_models.catalogue import CATALOGUE, recurrence
 from design_models.errors import ModelError
 from design_models.policy import Diagonal, Exact, Forget, Isotropic, Policy, Reset
-from inference import derive
+from inference.derivation import draft
 
 STEPS = 12
 WIDTHS = [(3, 4), (2, 5)]
@@ -333,7 +334,7 @@ def as_jax(inputs: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 @cache
 def derived(name: str, value_width: int, key_width: int):
     inputs = LOOPS[name](np.random.default_rng(0), value_width, key_width).inputs
-    return derive(CATALOGUE[name].model(value_width, key_width), as_jax(inputs))
+    return draft(CATALOGUE[name].model(value_width, key_width), as_jax(inputs))
 
 
 @cache
@@ -368,7 +369,7 @@ def test_every_recurrence_of_the_catalogue_has_its_published_form_here():
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
-@pytest.mark.parametrize("name", LOOPS)
+@by_name(NAMES)
 def test_the_filter_is_the_published_recurrence(name, widths, seed):
     published = LOOPS[name](np.random.default_rng(seed), *widths)
     filtered = run(name, published)
@@ -380,7 +381,7 @@ def test_the_filter_is_the_published_recurrence(name, widths, seed):
         np.testing.assert_allclose(covariances, published.covariances, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["deltanet", "gated_deltanet", "kda"])
+@by_name(("deltanet", "gated_deltanet", "kda"))
 def test_delta_rule_write_strength_follows_from_noise_for_keys_of_any_norm(name):
     inputs = CATALOGUE[name].model(3, 4).draw_inputs(jax.random.key(5), STEPS)
     filtered = compiled(name, CATALOGUE[name].policy, 3, 4)(inputs)
@@ -393,7 +394,7 @@ def test_delta_rule_write_strength_follows_from_noise_for_keys_of_any_norm(name)
         np.testing.assert_allclose(filtered.means[t], memory, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["linear_attention", "retnet", "gla", "mamba2"])
+@by_name(("linear_attention", "retnet", "gla", "mamba2"))
 def test_additive_writes_are_the_posterior_mean_at_every_noise_level(name):
     published = LOOPS[name](np.random.default_rng(4), 3, 4)
     for noise in (1e-4, 1.0, 1e4):
@@ -402,7 +403,7 @@ def test_additive_writes_are_the_posterior_mean_at_every_noise_level(name):
         np.testing.assert_allclose(filtered.means, published.means, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["linear_attention", "retnet", "mamba2"])
+@by_name(("linear_attention", "retnet", "mamba2"))
 def test_noise_decides_how_sure_additive_writes_leave_the_memory(name):
     published = LOOPS[name](np.random.default_rng(4), 3, 4)
     filtered = run(name, published)
@@ -422,7 +423,7 @@ def test_mesanet_ridge_is_the_prior_precision_per_key():
     published = mesanet_loop(np.random.default_rng(3), 3, 4, ridge)
     model = associative_regression(3, 4, prior_variance=tuple(1 / ridge))
     inputs = as_jax(published.inputs)
-    filtered = derive(model, inputs).run(inputs, policy=Forget())
+    filtered = draft(model, inputs).run(inputs, policy=Forget())
     np.testing.assert_allclose(filtered.means, published.means, rtol=1e-10, atol=1e-10)
     covariances = covariances_of(filtered, 3, 4)
     np.testing.assert_allclose(covariances, published.covariances, rtol=1e-10, atol=1e-10)
@@ -480,7 +481,7 @@ def peer_arguments(name: str, u: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return {key: array.astype(jnp.float32) for key, array in one_head.items()}
 
 
-@pytest.mark.parametrize("name", PEER_KINDS)
+@by_name(tuple(PEER_KINDS))
 def test_the_filter_agrees_with_jax_linear_attention(name):
     published = LOOPS[name](np.random.default_rng(7), 3, 4)
     filtered = run(name, published)
@@ -494,7 +495,7 @@ def test_the_filter_agrees_with_jax_linear_attention(name):
     np.testing.assert_allclose(state[0, 0].T, filtered.means[-1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
+@by_name(NAMES)
 def test_example_inputs_of_every_recurrence_run_at_any_width(name):
     for widths in ((1, 1), (2, 3)):
         inputs = CATALOGUE[name].model(*widths).draw_inputs(jax.random.key(0), 3)

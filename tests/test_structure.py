@@ -12,7 +12,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from catalogue_filters import NAMES, by_name, catalogue_filter
+from catalogue_filters import NAMES, catalogue_filter
 
 from design_models import CATALOGUE, DesignModel
 from design_models.example_inputs import DEFAULTS
@@ -22,6 +22,7 @@ from inference.exact_filter import ExactFilter
 from inference.kinship import find_kin
 
 V, K = 3, 2
+pytestmark = pytest.mark.xdist_group("kin")  # kinship derives the whole catalogue once a process
 
 
 @pytest.fixture(autouse=True)
@@ -317,7 +318,7 @@ def test_structure_outside_the_catalogue(make):
     assert (found.observations, found.shifted) == (observations, shifted)
 
 
-@by_name(NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_structure_of_the_catalogue(name):
     exact = catalogue_filter(name)
     kind, cut, transition, drift, evidence, observations = CATALOGUED[name]
