@@ -11,6 +11,7 @@ from catalogue_filters import EXACT_NAMES, NAMES, by_name, catalogue_filter
 
 from design_models import CATALOGUE
 from inference.claim import claimant
+from inference.evaluation import check_steps
 from inference.exact_filter import Filtered
 from inference.kalman import advance, advance_factor
 from inference.linear_gaussian import Belief, FactorBelief, Observation, Observed, Step
@@ -212,6 +213,13 @@ def test_smoothing_agrees_with_filtering_at_the_end():
     np.testing.assert_allclose(smoothed.mean[-1], filtered.mean[-1], atol=1e-12)
     early = jnp.trace(smoothed.covariance[0, 0]) < jnp.trace(filtered.covariance[0, 0])
     assert bool(early), "later observations make the first memory surer"
+
+
+@by_name(NAMES)
+def test_coefficients_of_the_catalogue_are_those_of_plain_evaluation(name):
+    exact = catalogue_filter(name)
+    worst = check_steps(exact.proof, exact.partition, exact.examples, jax.random.key(0))
+    assert worst < 1e-9
 
 
 @by_name(NAMES)
