@@ -93,7 +93,7 @@ def ratios(decay: Decay, like: Float[Array, "chunk row"]) -> Pairs:
     shared = decay.shared
     if shared is None:
         shared = jnp.tril(jnp.ones((len(like),) * 2, like.dtype))
-    return _masked(shared, decay)
+    return within_documents(shared, decay)
 
 
 def _shared_ratios(steps: Float[Array, "chunk 1"]) -> Pairs:
@@ -114,14 +114,14 @@ def decayed_products(left: Rows, right: Rows, decay: Decay) -> Pairs:
     columns = (right[None] * ratio.before).reshape(blocks, chunk, -1)
     across = exact_product(left * ratio.after, columns.mT)
     across = across.reshape(blocks, BLOCK, blocks, BLOCK)
-    return _masked(_assemble(diagonal, across), decay)
+    return within_documents(_assemble(diagonal, across), decay)
 
 
 def decayed_sums(weights: Pairs, rows: Rows, decay: Decay) -> Rows:
     r"""$\sum_{s \le t} w_{ts}\, r_{sj}\, \alpha_{tj}/\alpha_{sj}$, for lower-triangular weights."""
     if decay.blocks is None:
         return exact_product(weights * ratios(decay, rows), rows)
-    return _block_sums(_masked(weights, decay), rows, decay.blocks)
+    return _block_sums(within_documents(weights, decay), rows, decay.blocks)
 
 
 def _block_sums(weights: Pairs, rows: Rows, ratio: _Blocks) -> Rows:
@@ -166,15 +166,23 @@ def _assemble(diagonal: Array, across: Array) -> Pairs:
     return tiles.reshape(blocks * BLOCK, blocks * BLOCK)
 
 
-def _masked(pairs: Pairs, decay: Decay) -> Pairs:
+def within_documents(pairs: Pairs, decay: Decay) -> Pairs:
+    """Pairs of tokens of one document; else 0."""
     same = same_document(decay)
     return pairs if same is None else jnp.where(same, pairs, 0)
 
 
+def since_start(rows: Rows, decay: Decay) -> Rows:
+    """Rows times α_t, counted from the start of each token's own document, or of the chunk."""
+    if decay.steps is None:
+        return rows
+    earlier = jnp.tril(jnp.ones((len(rows),) * 2, rows.dtype))
+    return rows * jnp.exp(exact_product(within_documents(earlier, decay), decay.steps))
+
+
 def from_start(rows: Rows, decay: Decay) -> Rows:
     """Rows times α_t: what each token sees of the state that entered the chunk."""
-    if decay.steps is not None:
-        rows = rows * jnp.exp(_up_to(decay.steps))
+    rows = since_start(rows, decay)
     if decay.document is not None:
         rows = jnp.where(decay.document[:, None] == 0, rows, 0)
     return rows
@@ -218,7 +226,7 @@ def accumulated(
     assert decay.steps is not None
     drift = jnp.broadcast_to(drift, decay.steps.shape)
     every = jnp.tril(jnp.ones((len(drift),) * 2, drift.dtype))
-    return _block_sums(_masked(every, decay), drift, decay.blocks.squared())
+    return _block_sums(within_documents(every, decay), drift, decay.blocks.squared())
 
 
 def chunk_length(time: int) -> int:

@@ -20,7 +20,7 @@ from .coefficients import TOLERANCE, coefficients, why_not
 from .general import general_scan
 from .memory import Inputs, Prediction, silent_at_padding, without_padding
 from .packing import at_padding, document_starts
-from .precision import LARGEST_RATIO
+from .precision import in_range
 from .rules import Diagonal, Isotropic, Reset
 from .scans import Algorithm, filter_scan
 from .stream import Belief, Stream
@@ -199,7 +199,7 @@ class RegressionMemory(eqx.Module):
             )
         if mask is not None:
             stream = without_padding(stream, mask)
-        stream = _in_range(stream, prior if isinstance(self.policy, Exact | Forget) else None)
+        stream = _checked(stream, prior if isinstance(self.policy, Exact | Forget) else None)
         variance = jnp.diagonal(prior)
         state, reading = filter_scan(
             stream, variance, self.policy, initial=state, algorithm=algorithm
@@ -217,18 +217,12 @@ class RegressionMemory(eqx.Module):
         return self.exact.structure.transition
 
 
-def _in_range(stream: Stream, prior: Float[Array, "key key"] | None) -> Stream:
+def _checked(stream: Stream, prior: Float[Array, "key key"] | None) -> Stream:
     """Refuse noise that is not positive, or too small for a float32 covariance."""
     noise = eqx.error_if(stream.noise, stream.noise <= 0, "the model's noise is not positive")
-    if prior is None or noise.dtype == jnp.float64:
-        return replace(stream, noise=noise)
-    largest = jnp.max(jnp.diagonal(prior)) * jnp.sum(stream.key**2, axis=-1)
-    noise = eqx.error_if(
-        noise,
-        largest > 1.001 * LARGEST_RATIO * noise,  # unit keys are so to rounding
-        f"prior variance × ‖key‖² / noise exceeds {LARGEST_RATIO:g}, where float32 loses the "
-        "covariance; raise `noise`, or enable float64",
-    )
+    if prior is not None:
+        largest = jnp.max(jnp.diagonal(prior))
+        noise = in_range(noise, largest * jnp.sum(stream.key**2, axis=-1))
     return replace(stream, noise=noise)
 
 

@@ -19,6 +19,11 @@ is the covariance of value t's whitened innovation with the memory after token t
 
 Every ratio α_t/α_s has s ≤ t and is at most 1 (`layers.chunks`).
 
+**Digits.** Where noise is small, G rounds at the size of P0 and loses r. Its factor is corrected by
+that of X G Xᵀ, in which keys are whitened before they meet P0: (XK̃) P0 (XK̃)ᵀ + X diag(r) Xᵀ and
+drift's part round at the size of 1 (`layers.triangular`). Where a document starts inside the
+chunk, its prior takes the place of P0 for its tokens; values of two documents have covariance 0.
+
 **The chunk's end.** With B = Xᵀ Û, Û_s = α_C/α_s∘U_s, the chunk's values move the mean at its end
 by VᵀB, and Ψ = diag(α_C) − K̃ᵀB is its closed loop. Subtracting ÛᵀÛ from what P0 and drift predict
 would leave errors the size of P0's rounding, above P_C itself where noise is small. Instead
@@ -27,8 +32,7 @@ $$ P_C = \Psi^\top P_0 \Psi + B^\top \mathrm{diag}(r)\, B + \mathrm{diag}(c_C) -
    + B^\top G^c B $$
 
 (Joseph's form for a whole chunk; E_s = α_C/α_s∘c_s∘k_s, and G^c is drift's part of G), which is a
-minimum over B: an error in B counts by its square. Where a document starts inside the chunk, the
-last document's prior takes the place of P0 and its first token that of the chunk's start.
+minimum over B: an error in B counts by its square. It is what the last document leaves.
 
 **Gradient.** A chunk's closed loop Ψ = diag(α_C) − k̃ᵀ (G + r)⁻¹ Lα U has δP_C = Ψᵀ δP0 Ψ, so
 $\bar P_0 = \Psi \bar P_C \Psi^\top$ + what the chunk's own outputs ask of P0. Passing through the
@@ -36,9 +40,13 @@ chunks in turn, each is computed again and pulled back at once, which keeps one 
 and one chunk's intermediates. In parallel the own parts are found for all chunks at once, and the
 recursion in Ψ is combined in a tree.
 
+**Parallel in time.** The tree of chunk maps gives every chunk's start to few digits, as its solves
+see noise next to the prior; passing all chunks once from there, in Joseph's form, restores most.
+
 Source: Kalman (1960) in array form; the chunk identities are checked in tests/test_scans.py.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import equinox as eqx
@@ -53,9 +61,11 @@ from .chunks import (
     decayed_sums,
     from_start,
     last_document,
+    since_start,
     to_end,
     whole,
     within_chunk,
+    within_documents,
 )
 from .precision import exact_product
 from .triangular import cholesky_and_inverse
@@ -110,37 +120,77 @@ class _Loop(eqx.Module):
 def through_chunk(covariance: Square, chunk: Uncertainty) -> tuple[Square, Gains, _Loop]:
     """The covariance after one chunk, the chunk's gains, and its closed loop."""
     decay = within_chunk(chunk.log_decay, chunk.starts)
-    key = from_start(chunk.key, decay)
-    carried = exact_product(key, covariance)
-    joint = exact_product(carried, key.T) + jnp.diag(chunk.noise)
-    spread = from_start(carried, decay)
-    drift = _with_restarts(chunk)
-    added = None if drift is None else accumulated(drift, decay)
-    drifted = None
-    if added is not None:
+    origin = _Origin(covariance, _restarts(chunk), decay)
+    key = since_start(chunk.key, decay)
+    carried = origin.times(key)
+    joint = within_documents(exact_product(carried, key.T), decay) + jnp.diag(chunk.noise)
+    spread = since_start(carried, decay)
+    added = drifted = None
+    if chunk.drift is not None:
+        drift = chunk.drift
+        if chunk.starts is not None:  # `restart` has it
+            drift = jnp.where(chunk.starts[:, None], 0, drift)
+        added = accumulated(drift, decay)
         drifted = _drifted(chunk.key, added, decay)
         joint = joint + drifted.joint
         spread = spread + drifted.spread
-    root, inverse = cholesky_and_inverse(joint)
+    root, inverse = cholesky_and_inverse(
+        joint, _congruence(*jax.lax.stop_gradient((origin, key, chunk.noise, drifted)))
+    )
     moved = decayed_sums(inverse, spread, decay)
     deviation = jnp.diagonal(root)
     weights = exact_product(inverse.T, to_end(moved, decay))
-    after, closed = _at_end(covariance, chunk, decay, weights, drifted)
+    after, closed = _at_end(origin, chunk, decay, weights, drifted)
     gains = Gains(
         moved / deviation[:, None],
         deviation**2,
-        _read_variance(chunk.query, covariance, added, moved, decay),
+        _read_variance(chunk.query, origin, added, moved),
     )
-    return after, gains, _Loop(closed, exact_product(inverse, key))
+    return after, gains, _Loop(closed, exact_product(inverse, from_start(chunk.key, decay)))
 
 
-def _with_restarts(chunk: Uncertainty) -> Float[Array, "token width"] | None:
-    """Variance added before each write, a document's prior among it."""
+class _Origin(eqx.Module):
+    """What each token's document started from: the chunk's covariance, or its own prior."""
+
+    covariance: Square
+    restart: Float[Array, "token width"] | None
+    decay: Decay
+
+    def times(self, rows: Float[Array, "token key"]) -> Float[Array, "token key"]:
+        """Rows times the covariance that their document started from."""
+        carried = exact_product(rows, self.covariance)
+        if self.restart is None:
+            return carried
+        assert self.decay.document is not None
+        return jnp.where(self.decay.document[:, None] == 0, carried, self.restart * rows)
+
+
+def _restarts(chunk: Uncertainty) -> Float[Array, "token width"] | None:
+    """Of each token, the variance that its document started from; not read before a start."""
     if chunk.starts is None:
-        return chunk.drift
+        return None
     assert chunk.restart is not None
-    drift = 0 if chunk.drift is None else chunk.drift
-    return jnp.where(chunk.starts[:, None], chunk.restart, drift)
+    places = jnp.arange(len(chunk.starts))
+    return chunk.restart[jax.lax.cummax(jnp.where(chunk.starts, places, 0))]
+
+
+def _congruence(
+    origin: _Origin,
+    key: Float[Array, "token key"],
+    noise: Float[Array, " token"],
+    drifted: "_Drifted | None",
+) -> Callable[[Square], Square]:
+    """X G Xᵀ of a lower-triangular X: keys are whitened before P0 is between them."""
+
+    def product(inverse: Square) -> Square:
+        white = exact_product(inverse, key)
+        joint = within_documents(exact_product(origin.times(white), white.T), origin.decay)
+        joint = joint + exact_product(inverse * noise, inverse.T)
+        if drifted is None:
+            return joint
+        return joint + exact_product(exact_product(inverse, drifted.joint), inverse.T)
+
+    return product
 
 
 class _Drifted(eqx.Module):
@@ -160,23 +210,16 @@ def _drifted(
 
 
 def _at_end(
-    covariance: Square, chunk: Uncertainty, decay: Decay, weights, drifted: _Drifted | None
+    origin: _Origin, chunk: Uncertainty, decay: Decay, weights, drifted: _Drifted | None
 ) -> tuple[Square, Square]:
     """P_C, and Ψ, given the weights B of the chunk's values in the mean at its end."""
-    width = covariance.shape[-1]
+    covariance, width = origin.covariance, origin.covariance.shape[-1]
     entered = None
-    if chunk.starts is not None:
-        # The last document's prior and, apart from it, its drift.
-        assert chunk.restart is not None
+    if origin.restart is not None:
         assert decay.document is not None
         entered = decay.document[-1] == 0
-        first = len(chunk.starts) - 1 - jnp.argmax(chunk.starts[::-1])
-        prior = jnp.diag(jnp.broadcast_to(chunk.restart[first], (width,)))
+        prior = jnp.diag(jnp.broadcast_to(origin.restart[-1], (width,)))
         covariance = jnp.where(entered, covariance, prior)
-        drifted = None
-        if chunk.drift is not None:
-            drift = jnp.where(chunk.starts[:, None], 0, chunk.drift)
-            drifted = _drifted(chunk.key, accumulated(drift, decay), decay)
     last = last_document(decay)
     kept = jnp.diag(jnp.broadcast_to(whole(last, covariance), (width,)))
     closed = kept - exact_product(from_start(chunk.key, last).T, weights)
@@ -186,16 +229,15 @@ def _at_end(
         left = to_end(drifted.spread, decay) - exact_product(drifted.joint, weights) / 2
         off = exact_product(left.T, weights)
         after = after + jnp.diag(jnp.broadcast_to(drifted.last, (width,))) - off - off.T
-    after = (after + after.T) / 2
-    return after, closed if entered is None else jnp.where(entered, closed, 0)
+    return _symmetric(after), closed if entered is None else jnp.where(entered, closed, 0)
 
 
-def _read_variance(query, covariance, added, moved, decay: Decay) -> Float[Array, " token"]:
-    seen = from_start(query, decay)
-    variance = jnp.sum(exact_product(seen, covariance) * seen, axis=-1)
+def _read_variance(query, origin: _Origin, added, moved) -> Float[Array, " token"]:
+    seen = since_start(query, origin.decay)
+    variance = jnp.sum(origin.times(seen) * seen, axis=-1)
     if added is not None:
         variance = variance + jnp.sum(added * query**2, axis=-1)
-    explained = jnp.sum(decayed_products(query, moved, decay) ** 2, axis=-1)
+    explained = jnp.sum(decayed_products(query, moved, origin.decay) ** 2, axis=-1)
     return jnp.maximum(variance - explained, 0)
 
 
@@ -218,9 +260,11 @@ def covariance_scan(
 
 def _forward(algorithm: Algorithm, initial: Square, chunks: Uncertainty):
     if algorithm == "parallel":
-        starts, last = _starts_in_parallel(initial, chunks)
-        _, gains, _ = jax.vmap(through_chunk)(starts, chunks)
-        return (last, gains), (starts, chunks)
+        starts = _starts_in_parallel(initial, chunks)
+        ends, _, _ = jax.vmap(through_chunk)(starts, chunks)
+        starts = jnp.concatenate([initial[None], ends[:-1]])
+        ends, gains, _ = jax.vmap(through_chunk)(starts, chunks)
+        return (ends[-1], gains), (starts, chunks)
 
     def body(covariance, chunk):
         after, gains, _ = through_chunk(covariance, chunk)
@@ -305,7 +349,7 @@ def _symmetric(square: Float[Array, "*chunks key key"]) -> Float[Array, "*chunks
     return (square + square.mT) / 2
 
 
-def _starts_in_parallel(initial: Square, chunks: Uncertainty) -> tuple[Array, Square]:
+def _starts_in_parallel(initial: Square, chunks: Uncertainty) -> Float[Array, "chunk key key"]:
     elements = jax.vmap(_element)(chunks)
     prefixes = jax.lax.associative_scan(jax.vmap(_combine), elements)
 
@@ -316,7 +360,7 @@ def _starts_in_parallel(initial: Square, chunks: Uncertainty) -> tuple[Array, Sq
         return _symmetric(exact_product(element.closed.T, inner)) + element.added
 
     ends = jax.vmap(apply)(prefixes)
-    return jnp.concatenate([initial[None], ends[:-1]]), ends[-1]
+    return jnp.concatenate([initial[None], ends[:-1]])
 
 
 def _ends_in_parallel(of_last: Square, closed: Array, own: Array) -> tuple[Array, Square]:

@@ -9,18 +9,20 @@ Source: Särkkä & García-Fernández (2021), IEEE TAC 66(1), eqs. 10-17.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from design_models.policy import Policy
+from design_models.policy import Exact, Forget, Policy
 from inference.exact_filter import ExactFilter, Prediction
 from inference.kalman import advance
-from inference.linear_gaussian import Belief, Observed, Step
+from inference.linear_gaussian import Belief, Evidence, Observation, Observed, Step
 from inference.policies import advance_under
 
+from .precision import in_range
 from .scans import Algorithm
 
 
@@ -38,6 +40,8 @@ def general_scan(
     steps = jax.vmap(exact.coefficients)(inputs)
     observed = jax.vmap(exact.observed)(inputs)
     prior = exact.initial()
+    if isinstance(policy, Exact | Forget):
+        steps = _checked(steps, prior)
     time = jax.tree.leaves(inputs)[0].shape[0]
     starts = jnp.zeros(time, bool) if starts is None else starts
     mask = jnp.ones(time, bool) if mask is None else mask
@@ -76,6 +80,23 @@ def general_scan(
     reads = jax.vmap(exact.read)(beliefs, inputs)
     reads = jax.tree.map(lambda part: jnp.where(mask[:, None], part, 0), reads)
     return last, reads, evidence
+
+
+def _checked(steps: Step, prior: Belief) -> Step:
+    """Refuse noise that is too small for a float32 covariance of several entries."""
+    if prior.covariance.shape[-1] == 1:  # a variance alone keeps its digits
+        return steps
+    largest = jnp.max(jnp.diagonal(prior.covariance, axis1=-2, axis2=-1), axis=-1)
+
+    def check(given: Evidence | Observation | None):
+        if given is None:
+            return None
+        seen = largest[:, None] * jnp.sum(given.observation**2, axis=-1)
+        own = jnp.arange(seen.shape[-1])
+        noise = in_range(given.noise[..., own, own], seen)
+        return replace(given, noise=given.noise.at[..., own, own].set(noise))
+
+    return replace(steps, evidence=check(steps.evidence), observation=check(steps.observation))
 
 
 class _Element(eqx.Module):

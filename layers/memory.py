@@ -71,6 +71,9 @@ class StreamMemory(eqx.Module):
     `drift` q, `rate` γ (for `Forget`), `restoration` λ (which makes the rule `Restored`), and
     `step` Δ: then time is continuous, decay, drift and noise are rates, and a write counts Δ times.
 
+    Where covariances are kept, noise must be at least `prior_variance` × ‖key‖² divided by
+    `layers.precision.LARGEST_RATIO`, as `links.bounded_noise` makes it; drift may be of any size.
+
     Args:
         value_width: rows of the memory.
         key_width: columns.

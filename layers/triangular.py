@@ -10,6 +10,8 @@ and as stable as substitution up to a small factor: no power of the matrix is ev
 product (I − N)(I + N²)(I + N⁴)… is quicker and fails in float32 when keys repeat.)
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -59,17 +61,25 @@ def _invert_backward(inverse: Square, cotangent: Square) -> tuple[Square]:
 triangular_inverse.defvjp(_invert_forward, _invert_backward)
 
 
-@jax.custom_vjp
-def cholesky_and_inverse(positive: Square) -> tuple[Square, Square]:
-    r"""L and X = L⁻¹ of a positive definite G = L Lᵀ.
+def cholesky_and_inverse(
+    positive: Square, congruence: Callable[[Square], Square]
+) -> tuple[Square, Square]:
+    r"""L and X = L⁻¹ of a positive definite G = L Lᵀ that rounding may have made indefinite.
 
-    Derivative, with $\Phi$ the lower triangle with its diagonal halved and
-    $\bar L' = \bar L - \mathrm{tril}(X^\top \bar X X^\top)$:
-    $\bar G = \mathrm{sym}(X^\top \Phi(L^\top \bar L') X)$.
+    A factor of G with its diagonal raised by a few units of rounding always exists; it is then
+    corrected by a factor of X G Xᵀ, near the identity, so the raise leaves no trace. Where X G Xᵀ
+    is computed from what G was made of, G's own rounding leaves none either.
 
-    Source: Murray (2016), arXiv 1602.07527, eq. 10.
+    Args:
+        positive: G; gradients are those of its exact factor.
+        congruence: X G Xᵀ of a lower-triangular X; without a gradient.
     """
-    return _factor(positive)
+    still = jax.lax.stop_gradient(positive)
+    raise_ = len(still) * jnp.finfo(still.dtype).eps
+    lower, inverse = _factor(still + raise_ * jnp.diag(jnp.diagonal(still)))
+    white = congruence(inverse)
+    root, correction = _factor((white + white.T) / 2)
+    return factors(positive, exact_product(lower, root), exact_product(correction, inverse))
 
 
 def _factor(positive: Square) -> tuple[Square, Square]:
@@ -77,19 +87,32 @@ def _factor(positive: Square) -> tuple[Square, Square]:
     return lower, _invert(lower)
 
 
-def _factor_forward(positive: Square):
-    parts = _factor(positive)
-    return parts, parts
+@jax.custom_vjp
+def factors(positive: Square, lower: Square, inverse: Square) -> tuple[Square, Square]:
+    r"""L and X = L⁻¹ of G, already found, with the gradient that they have as functions of G.
+
+    With $\Phi$ the lower triangle with its diagonal halved and
+    $\bar L' = \bar L - \mathrm{tril}(X^\top \bar X X^\top)$:
+    $\bar G = \mathrm{sym}(X^\top \Phi(L^\top \bar L') X)$.
+
+    Source: Murray (2016), arXiv 1602.07527, eq. 10.
+    """
+    return lower, inverse
 
 
-def _factor_backward(parts: tuple[Square, Square], cotangents: tuple[Square, Square]):
+def _factors_forward(positive: Square, lower: Square, inverse: Square):
+    return (lower, inverse), (lower, inverse)
+
+
+def _factors_backward(parts: tuple[Square, Square], cotangents: tuple[Square, Square]):
     lower, inverse = parts
     of_lower, of_inverse = cotangents
     of_lower = of_lower + _invert_backward(inverse, of_inverse)[0]
     inner = jnp.tril(exact_product(lower.T, of_lower))
     inner = inner - jnp.diag(jnp.diagonal(inner)) / 2
     outer = exact_product(exact_product(inverse.T, inner), inverse)
-    return ((outer + outer.T) / 2,)
+    zero = jnp.zeros_like(lower)
+    return (outer + outer.T) / 2, zero, zero
 
 
-cholesky_and_inverse.defvjp(_factor_forward, _factor_backward)
+factors.defvjp(_factors_forward, _factors_backward)
