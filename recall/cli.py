@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .task_options import TASK_NAMES, add_row_options, chosen_rows
+
 HELD, FAILED, WRONG_REQUEST = 0, 1, 2
 
 
@@ -179,6 +181,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     recall.add_argument("--seed", type=_seed, default=0, help="seed of the tokens' directions")
 
+    batch = _command(
+        commands,
+        "batch",
+        _batch,
+        "write a batch of a recall task, to look at or to use elsewhere",
+        "mbd batch mqar --vocab 8192 --length 128 --pairs 16 --examples 64 --seed 5678 "
+        "--out batch.npz",
+    )
+    batch.add_argument("task", choices=TASK_NAMES, metavar="TASK", help=", ".join(TASK_NAMES))
+    add_row_options(batch)
+    batch.add_argument("--examples", type=_count, default=64, help="rows (default 64)")
+    batch.add_argument("--seed", type=_seed, default=0, help="seed of all draws (default 0)")
+    batch.add_argument(
+        "--filler-seed",
+        type=_seed,
+        help="mqar, mqar_overwrite: seed of random filler tokens; they stay 0 without",
+    )
+    batch.add_argument(
+        "--training",
+        action="store_true",
+        help="in_context_recall, noisy_recall, fuzzy_recall: label every position, as in training",
+    )
+    batch.add_argument("--out", type=Path, required=True, metavar="FILE.npz")
+
     bench = _command(
         commands,
         "bench",
@@ -216,6 +242,12 @@ def _command(
 def _seed(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not a seed; give a whole number from 0")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of rows; give at least 1")
     return int(text)
 
 
@@ -388,6 +420,31 @@ def _recall(request: argparse.Namespace) -> tuple[int, Any]:
         seed=request.seed,
         seconds=time.perf_counter() - start,
     )
+
+
+def _batch(request: argparse.Namespace) -> tuple[int, Any]:
+    from design_models import ModelError
+
+    from .tasks.catalogue import TASKS, draw, write_batch
+    from .tasks.zoology import UNLABELLED
+
+    task = TASKS[request.task]
+    batch = draw(
+        chosen_rows(task, request),
+        request.examples,
+        request.seed,
+        training=request.training,
+        filler_seed=request.filler_seed,
+    )
+    try:
+        write_batch(request.out, batch)
+    except OSError as error:
+        message = f"`--out` is {request.out}: {error.strerror}; name another file."
+        raise ModelError(message) from error
+    asked = int((batch.labels[0] != UNLABELLED).sum())
+    shape = " x ".join(map(str, batch.inputs.shape))
+    print(f"wrote {request.out}: inputs {shape}, {asked} labels in the first row")
+    return HELD, {"task": task.name, **batch.config}
 
 
 def _bench(request: argparse.Namespace) -> tuple[int, Any]:
