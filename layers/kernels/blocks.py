@@ -1,0 +1,86 @@
+"""What a token's decay, drift and document amount to within its block of 16."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from .mosaic import BLOCK
+
+SMALLEST_LOG_DECAY = -100.0
+"""Below it a decay is 0 in float32."""
+
+Numbers = Float[Array, "*row time"]
+
+
+class Rates(NamedTuple):
+    """Numbers a token, of the block of 16 to which it belongs.
+
+    Args:
+        noise: r.
+        alpha: decay since the block's start; 0 once a document has started.
+        drift: c, variance added since the block's start.
+        end: decay to the block's end; 0 where a document starts between.
+        decay: a; 0 where a document starts.
+        ratios: decay from each of the block's 16 tokens to this one, 0 from later ones.
+    """
+
+    noise: Numbers
+    alpha: Numbers
+    drift: Numbers
+    end: Numbers
+    decay: Numbers
+    ratios: Float[Array, "*row time 16"]
+
+
+def rates(
+    noise: Numbers, log_decay: Numbers, starts: Bool[Array, "*row time"], added: Numbers
+) -> Rates:
+    """Rates of tokens whose number is a multiple of 16.
+
+    Ratios are exponentials of differences of sums of log decays: over 16 tokens, each at least
+    `SMALLEST_LOG_DECAY`, these differences lose less than 1e-4 of a ratio that is not 0.
+
+    Args:
+        noise: r.
+        log_decay: of memory and standard deviation alike.
+        starts: where documents start.
+        added: variance before the write: q, or all of it where a document starts.
+    """
+    total, document = sums(log_decay, starts, BLOCK)
+    ratios = ratios_within(total, document)
+    alpha = jnp.where(document == 0, jnp.exp(total), 0)
+    drift = jnp.sum(ratios**2 * added.reshape(total.shape)[..., None, :], axis=-1)
+    shape = noise.shape
+    return Rates(
+        noise,
+        alpha.reshape(shape),
+        drift.reshape(shape),
+        ratios[..., -1, :].reshape(shape),
+        jnp.where(starts, 0, jnp.exp(log_decay)),
+        ratios.reshape(*shape, BLOCK),
+    )
+
+
+def sums(
+    log_decay: Numbers, starts: Bool[Array, "*row time"], length: int
+) -> tuple[Float[Array, "*row part token"], Float[Array, "*row part token"]]:
+    """Log decay since the start of each part of the sequence, and documents started since.
+
+    A document's first token has log decay 0: its own decay acts on the prior.
+    """
+    shape = (*log_decay.shape[:-1], -1, length)
+    steps = jnp.maximum(jnp.where(starts, 0, log_decay), SMALLEST_LOG_DECAY)
+    document = jnp.cumsum(starts.astype(steps.dtype).reshape(shape), axis=-1)
+    return jnp.cumsum(steps.reshape(shape), axis=-1), document
+
+
+def ratios_within(
+    total: Float[Array, "*row part token"], document: Float[Array, "*row part token"]
+) -> Float[Array, "*row part token token"]:
+    """Decay from token s to token t of each part; 0 for s > t and from another document."""
+    same = document[..., :, None] == document[..., None, :]
+    length = total.shape[-1]
+    allowed = same & jnp.tril(jnp.ones((length, length), bool))
+    between = total[..., :, None] - total[..., None, :]
+    return jnp.exp(jnp.where(allowed, between, -jnp.inf))

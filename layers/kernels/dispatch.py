@@ -1,0 +1,124 @@
+"""Which filters run as kernels: what their tests cover, on the devices they are written for."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from layers.rules import Exact, Rule
+from layers.stream import Belief, Reading, Stream
+
+Backend = Literal["auto", "xla", "mosaic"]
+
+WIDTH, CHUNK = 64, 64
+CAPABILITY = "9.0"
+"""CUDA compute capability of Hopper GPUs, the only ones whose instructions the kernels use."""
+
+
+def refusal(
+    stream: Stream,
+    initial: Belief,
+    prior_variance: Float[Array, "*width"] | float,
+    rule: Rule,
+    algorithm: str,
+) -> str | None:
+    """Why no kernel takes this filter: argument, value, what is needed; None where one does."""
+    value, key = initial.mean.shape
+    arrays = [leaf for leaf in jax.tree.leaves((stream, initial)) if leaf.dtype != bool]
+    types = {str(leaf.dtype) for leaf in arrays} - {"float32", "bfloat16"}
+    rates = {"log_decay": stream.log_decay, "drift": stream.drift}
+    wide = [name for name, rate in rates.items() if rate is not None and rate.ndim > 1]
+    if rule != Exact():
+        return f"`rule` is {rule}, and kernels take Exact()"
+    if algorithm != "chunked":
+        return f'`algorithm` is "{algorithm}", and kernels take "chunked"'
+    if (value, key) != (WIDTH, WIDTH):
+        return f"the memory is (value {value}, key {key}), and kernels take ({WIDTH}, {WIDTH})"
+    if stream.observations > 1:
+        return f"`stream` writes {stream.observations} pairs a token, and kernels take one"
+    if stream.length == 0:
+        return "`stream` has no tokens, and kernels take one or more"
+    if wide:
+        return f"`{wide[0]}` is one number per key, and kernels take one a token"
+    if types:
+        return f"an array is {min(types)}, and kernels take float32 and bfloat16"
+    if stream.starts is not None and jnp.ndim(prior_variance) > 0:
+        return "`prior_variance` is one per key, and kernels start documents from one number"
+    return None
+
+
+def device_refusal() -> str | None:
+    """Why the device that programs run on takes no kernel; None where it does."""
+    device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
+    if isinstance(device, str):
+        device = jax.devices(device)[0]
+    capability = getattr(device, "compute_capability", None)
+    if device.platform == "gpu" and str(capability) == CAPABILITY:
+        return None
+    found = device.device_kind if capability is None else f"{device.device_kind} ({capability})"
+    return f"the device is {found}, and kernels run on Hopper GPUs, of capability {CAPABILITY}"
+
+
+def chosen(backend: Backend, reason: str | None) -> bool:
+    """Whether a kernel runs, given why it cannot.
+
+    Raises:
+        ValueError: "mosaic" is asked for and cannot run, or `backend` is none of the three.
+    """
+    if backend not in ("auto", "xla", "mosaic"):
+        raise ValueError(f'`backend` is {backend!r}; it must be "auto", "xla" or "mosaic".')
+    if backend == "mosaic" and reason is not None:
+        raise ValueError(f'`backend` is "mosaic", but {reason}; leave it at "auto" to use XLA.')
+    return backend != "xla" and reason is None
+
+
+def kernel_scan(
+    stream: Stream,
+    initial: Belief,
+    prior_variance: Float[Array, ""] | float,
+    *,
+    interpret: bool = False,
+) -> tuple[Belief, Reading]:
+    """`layers.filter_scan` of a filter that `refusal` does not refuse.
+
+    Args:
+        stream: keys, values and queries that are all bfloat16 stay so; else all are float32.
+        initial: belief before the first token.
+        prior_variance: from which documents start.
+        interpret: whether kernels are simulated on a CPU.
+    """
+    from .exact import Head, filter_head  # Mosaic is imported where it is used alone.
+
+    assert initial.covariance is not None
+    f32, time = jnp.float32, stream.length
+    vectors = stream.key, stream.value, stream.query
+    half = all(part.dtype == jnp.bfloat16 for part in vectors)
+    key, value, query = (part if half else part.astype(f32) for part in vectors)
+    zero = jnp.zeros((time,), f32)
+    log_decay = zero if stream.log_decay is None else stream.log_decay.astype(f32)
+    drift = zero if stream.drift is None else stream.drift.astype(f32)
+    starts, added = jnp.zeros((time,), bool), drift
+    if stream.starts is not None:
+        starts = stream.starts
+        restart = jnp.exp(2 * log_decay) * jnp.asarray(prior_variance, f32) + drift
+        added = jnp.where(starts, restart, drift)
+
+    def padded(array, filler=0):
+        padding = [(0, -time % CHUNK)] + [(0, 0)] * (array.ndim - 1)
+        return jnp.pad(array, padding, constant_values=filler)
+
+    head = Head(
+        padded(key),
+        padded(value),
+        padded(query),
+        padded(stream.noise.astype(f32), 1),
+        padded(log_decay),
+        padded(starts, False),
+        padded(added),
+        initial.covariance.astype(f32),
+        initial.mean.astype(f32),
+    )
+    found = filter_head(head, interpret)
+    reading = Reading(found.mean[:time], found.variance[:time], found.log_evidence[:time])
+    return Belief(found.last_mean, found.last_covariance), reading

@@ -1,0 +1,199 @@
+"""The exact filter of one head by kernels, with gradients; heads are mapped onto programs."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Bool, Float
+
+from . import reverse
+from .blocks import rates, ratios_within, sums
+from .forward import CHUNK, WIDTH, filter_blocks, split
+
+
+class Head(NamedTuple):
+    """What one head filters; time is a multiple of 64.
+
+    Args:
+        key: bfloat16 or float32, as are values and queries.
+        value: what is written.
+        query: what is read.
+        noise: r.
+        log_decay: of memory and standard deviation alike.
+        starts: where documents start.
+        added: variance before the write: drift, or all of it where a document starts.
+        covariance: P before the first token.
+        mean: M before the first token.
+    """
+
+    key: Float[Array, "time key"]
+    value: Float[Array, "time value"]
+    query: Float[Array, "time key"]
+    noise: Float[Array, " time"]
+    log_decay: Float[Array, " time"]
+    starts: Bool[Array, " time"]
+    added: Float[Array, " time"]
+    covariance: Float[Array, "key key"]
+    mean: Float[Array, "value key"]
+
+
+class Filtered(NamedTuple):
+    """What a head says at each token, and its last belief."""
+
+    mean: Float[Array, "time value"]
+    variance: Float[Array, " time"]
+    log_evidence: Float[Array, " time"]
+    last_covariance: Float[Array, "key key"]
+    last_mean: Float[Array, "value key"]
+
+
+def over_rows(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of arrays with a leading row axis, for one row; `vmap` makes more rows of it."""
+
+    @custom_vmap
+    def rows(*arrays):
+        return function(*arrays)
+
+    @rows.def_vmap
+    def _(size, batched, *arrays):  # pyright: ignore[reportUnusedFunction]
+        def merge(array, mapped):
+            if not mapped:
+                array = jnp.broadcast_to(array, (size, *array.shape))
+            return array.reshape(-1, *array.shape[2:])
+
+        out = rows(*map(merge, arrays, batched))
+        split = jax.tree.map(lambda array: array.reshape(size, -1, *array.shape[1:]), out)
+        return split, jax.tree.map(lambda _: True, split)
+
+    def one(*arrays):
+        return jax.tree.map(lambda array: array[0], rows(*(array[None] for array in arrays)))
+
+    return one
+
+
+def filter_head(head: Head, interpret: bool = False) -> Filtered:
+    """Filter one head.
+
+    Args:
+        head: keys and values 64 wide.
+        interpret: whether kernels are simulated on a CPU.
+    """
+    filtered: Any = _filter_head(head, interpret)
+    return filtered
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _filter_head(head: Head, interpret: bool) -> Filtered:
+    return _run(head, interpret, save=False)[0]
+
+
+def _run(head: Head, interpret: bool, save: bool) -> tuple[Filtered, dict[str, Array]]:
+    def rows(key, value, query, noise, log_decay, starts, added, covariance, mean):
+        return filter_blocks(
+            key,
+            value,
+            query,
+            rates(noise, log_decay, starts, added),
+            covariance,
+            mean,
+            save=save,
+            interpret=interpret,
+        )
+
+    found = over_rows(rows)(*head)
+    surprise = found["whitened"][:, WIDTH:]
+    scale = found["inverse_deviation"]
+    log_scale = jnp.log(scale) - 0.5 * jnp.log(2 * jnp.pi)
+    evidence = WIDTH * log_scale - 0.5 * jnp.sum(surprise**2, axis=-1)
+    out = Filtered(
+        found["mean"], found["variance"], evidence, found["last_covariance"], found["last_mean"]
+    )
+    return out, found
+
+
+def _forward(head: Head, interpret: bool):
+    out, found = _run(head, interpret, save=True)
+    kept = {name: found[name] for name in ("whitened", "inverse_deviation", "covariances", "means")}
+    return out, (head, kept, out.last_covariance, out.last_mean)
+
+
+def _backward(interpret: bool, residuals, of: Filtered):
+    head, kept, last_covariance, last_mean = residuals
+    total, document = sums(head.log_decay, head.starts, CHUNK)
+    ratios = ratios_within(total, document)
+    added = head.added.reshape(-1, CHUNK)
+    drift = jnp.sum(ratios**2 * added[:, None], axis=-1)
+    alpha = jnp.where(document == 0, jnp.exp(total), 0)
+    of_last_covariance = (of.last_covariance + of.last_covariance.T) / 2
+    numbers = reverse.Numbers(
+        total.reshape(-1),
+        document.reshape(-1),
+        alpha.reshape(-1),
+        drift.reshape(-1),
+        ratios[:, -1].reshape(-1),
+        of.variance,
+        of.log_evidence,
+        kept["inverse_deviation"],
+    )
+    found = over_rows(partial(_reverse_rows, interpret))(
+        head.key,
+        head.query,
+        kept["whitened"],
+        of.mean,
+        *numbers,
+        kept["means"],
+        kept["covariances"],
+        of.last_mean,
+        of_last_covariance,
+    )
+
+    def at_ends(starts: Array, last: Array) -> Array:
+        return jnp.append(jnp.sum(starts, axis=-1)[1:], last)
+
+    of_drift = found["drift"].reshape(-1, CHUNK)
+    of_drift = of_drift.at[:, -1].add(at_ends(found["trace"], jnp.trace(of_last_covariance)))
+    of_added = jnp.sum(of_drift[:, :, None] * ratios**2, axis=1)
+    at_last = jnp.sum(last_mean * of.last_mean + 2 * last_covariance * of_last_covariance)
+    moved = found["moved"].reshape(-1, CHUNK) - 2 * added * of_added
+    since = jnp.flip(jnp.cumsum(jnp.flip(moved, -1), axis=-1), -1)
+    of_log_decay = (since + at_ends(found["scale"], at_last)[:, None]).reshape(-1)
+    return (
+        Head(
+            found["key"],
+            found["value"].astype(head.value.dtype),
+            found["query"],
+            found["noise"],
+            jnp.where(head.starts, 0, of_log_decay),
+            None,  # type: ignore[arg-type]
+            of_added.reshape(-1),
+            found["first_covariance"],
+            found["first_mean"],
+        ),
+    )
+
+
+def _reverse_rows(interpret: bool, key, query, whitened, of_mean, *rest: Array):
+    *numbers, means, covariances, of_last_mean, of_last_covariance = rest
+    depth = 1 if key.dtype == jnp.bfloat16 else reverse.PIECES
+    keys, queries = split(key, depth), split(query, depth)
+    by_chunk = reverse.Numbers(*numbers).by_chunk()
+    found = reverse.local(keys, queries, whitened, of_mean, by_chunk, interpret=interpret)
+    return reverse.recur(
+        keys,
+        queries,
+        of_mean,
+        by_chunk,
+        found,
+        means,
+        covariances,
+        of_last_mean,
+        of_last_covariance,
+        dtype=key.dtype,
+        interpret=interpret,
+    )
+
+
+_filter_head.defvjp(_forward, _backward)

@@ -1,0 +1,407 @@
+r"""Every use of Pallas Mosaic GPU's names, and what kernels build on them.
+
+A matrix in registers is spread over a warpgroup in the layout of its tensor cores' accumulators
+(`MATRIX`); vectors along its rows and columns are in `ROWS` and `COLUMNS`. The tensor cores take
+16-bit operands, so a float32 operand is a sum of bfloat16 pieces (`pieces`): three hold all of
+float32's digits, two leave 2⁻¹⁷. Products of pieces whose indices sum to the count or more are
+below what is kept, and left out (`product`).
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils as mosaic_utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, memref, nvvm
+from jaxlib.mlir.dialects import math as mlir_math
+
+BLOCK = 16
+"""Tokens that are eliminated together."""
+
+WARPGROUP = 128
+
+MATRIX = plgpu.Layout.WGMMA
+ROWS = MATRIX.reduce(1)
+COLUMNS = MATRIX.reduce(0)
+_TRANSPOSED = plgpu.Layout._WGMMA_ACC_32BIT
+_THREADS = plgpu.Layout.TILED(
+    plgpu.Tiling(((128,), (32,), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
+)
+"""One entry per thread."""
+
+
+def operands_of(columns: int) -> tuple[Any, ...]:
+    """How shared memory holds a tensor-core operand that is read by so many columns at a time."""
+    tiling: Any = plgpu.TilingTransform
+    swizzle: Any = plgpu.SwizzleTransform
+    return tiling((8, columns)), swizzle(2 * columns)
+
+
+THIN = operands_of(BLOCK)
+"""For operands that are 16 columns wide or are read so."""
+
+SMEM, barrier, barrier_arrive, barrier_wait = (
+    plgpu.SMEM,
+    plgpu.Barrier,
+    plgpu.barrier_arrive,
+    plgpu.barrier_wait,
+)
+commit_smem, copy_in, copy_out, wait_out = (
+    plgpu.commit_smem,
+    plgpu.copy_gmem_to_smem,
+    plgpu.copy_smem_to_gmem,
+    plgpu.wait_smem_to_gmem,
+)
+
+
+def kernel(
+    body: Callable[..., None],
+    out_type: Sequence[jax.ShapeDtypeStruct],
+    grid: dict[str, int],
+    scratch: Sequence[Any],
+    warpgroups: int,
+    interpret: bool,
+    *,
+    reduces: bool = True,
+) -> Callable[..., Any]:
+    """A kernel whose warpgroups are axis "wg"; synchronisation is its body's own."""
+    simulated: dict[str, Any] = {"interpret": plgpu.InterpretGPUParams()} if interpret else {}
+    return plgpu.kernel(
+        body,
+        out_type=tuple(out_type),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=warpgroups,
+        thread_name="wg",
+        scratch_types=tuple(scratch),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=6144 if reduces else 16,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+        **simulated,
+    )
+
+
+def lowering_mesh():
+    """A context in which programs can be lowered for a Hopper GPU where there is none."""
+    device = AbstractDevice("NVIDIA H200", 132, "gpu")
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
+
+
+def meet(met):
+    """Wait for the other warpgroups, whose stores to shared memory are then seen by all."""
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(met)
+    plgpu.barrier_wait(met)
+
+
+def prefetch(ref, interpret: bool):
+    """Bring global memory to the second-level cache."""
+    if not interpret:
+        plgpu.async_prefetch(ref)
+
+
+def load(ref, layout: Any = MATRIX) -> jax.Array:
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def load_threads(ref) -> jax.Array:
+    """A vector of 128 entries, one per thread."""
+    return plgpu.load(ref, layout=_THREADS, optimized=False)
+
+
+def load_transposed(ref) -> jax.Array:
+    """A (row, column) reference as a (column, row) float32 matrix."""
+    loaded = plgpu.load(ref.transpose((1, 0)), layout=_TRANSPOSED, optimized=False)
+    return plgpu.layout_cast(loaded.astype(jnp.float32), MATRIX)
+
+
+def store_transposed(ref, matrix: jax.Array):
+    ref.transpose((1, 0))[...] = plgpu.layout_cast(matrix, _TRANSPOSED).astype(ref.dtype)
+
+
+def zeros(shape: tuple[int, ...], layout: Any = MATRIX) -> jax.Array:
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
+
+
+def index(shape: tuple[int, ...], axis: int, layout: Any = MATRIX) -> jax.Array:
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
+
+
+def along_rows(vector: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Entry i of a vector all along row i."""
+    return lax.broadcast_in_dim(vector, shape, (0,))
+
+
+def along_columns(vector: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Entry j of a vector all along column j."""
+    return lax.broadcast_in_dim(vector, shape, (1,))
+
+
+def pieces(matrix: jax.Array, count: int) -> list[jax.Array]:
+    """Bfloat16 matrices that sum to a float32 matrix, largest first.
+
+    All but the last are rounded by integer arithmetic, which is quicker than converting twice.
+    """
+    out = []
+    for _ in range(count - 1):
+        bits = lax.bitcast_convert_type(matrix, jnp.int32) + jnp.int32(0x8000)
+        high = lax.bitcast_convert_type(bits & jnp.int32(-0x10000), jnp.float32)
+        out.append(high.astype(jnp.bfloat16))
+        matrix = matrix - high
+    return [*out, matrix.astype(jnp.bfloat16)]
+
+
+_accumulator = partial(plgpu.ACC, dtype=jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
+
+Operand = jax.Array | Any
+"""A bfloat16 matrix in registers, or a reference to one in shared memory."""
+
+
+def pairs(
+    left: Sequence[Operand], right: Sequence[Operand], count: int
+) -> list[tuple[Operand, Operand]]:
+    """Pairs of pieces that matter for `count` pieces' accuracy."""
+    return [
+        (one, other)
+        for i, one in enumerate(left)
+        for j, other in enumerate(right)
+        if i + j < max(count, len(left), len(right))
+    ]
+
+
+def product(
+    shape: tuple[int, int], terms: Sequence[tuple[Operand, Operand]], interpret: bool
+) -> jax.Array:
+    """Sum of matrix products; right operands lie in shared memory."""
+    if interpret:  # the interpreter has no product whose left operand is in registers
+
+        def value(operand):
+            array = operand if isinstance(operand, jax.Array) else plgpu.load(operand)
+            return array.astype(jnp.float32)
+
+        products = [jnp.dot(value(x), value(y), precision="highest") for x, y in terms]
+        return sum(products[1:], products[0])
+
+    def accumulate(accumulator):
+        for one, other in terms:
+            plgpu.wgmma(accumulator, one, other)
+        return accumulator[...]
+
+    return pl.run_scoped(accumulate, _accumulator(shape))
+
+
+def product_beside(
+    shape: tuple[int, int],
+    terms: Sequence[tuple[Operand, Operand]],
+    work: Callable[[], None],
+    interpret: bool,
+) -> jax.Array:
+    """`product`, the tensor cores at it while the threads do other work."""
+    if interpret:
+        work()
+        return product(shape, terms, interpret)
+
+    def accumulate(accumulator):
+        for one, other in terms:
+            plgpu.wgmma(accumulator, one, other)
+        work()
+        return accumulator[...]
+
+    return pl.run_scoped(accumulate, _accumulator(shape))
+
+
+def invert_blocks(factor, scale, interpret: bool):
+    """Invert, in place, the diagonal blocks of 16 of a lower-triangular matrix of 64 rows.
+
+    Args:
+        factor: (64, 64) in shared memory; entries off those blocks are left.
+        scale: (64,), one over the diagonal.
+        interpret: whether the kernel is interpreted.
+    """
+    form: Any = _invert_blocks_plainly if interpret else _invert_blocks_by_threads
+    form(factor, scale)
+
+
+def _invert_blocks_plainly(factor, scale):
+    for start in range(0, 64, BLOCK):
+        solved = []
+        for row in range(BLOCK):
+            rest = (lax.iota(jnp.int32, BLOCK) == row).astype(jnp.float32)
+            for index, entries in enumerate(solved):
+                rest = rest - factor[start + row, start + index] * entries
+            solved.append(rest * scale[start + row])
+        for row, entries in enumerate(solved):
+            factor[start + row, pl.ds(start, BLOCK)] = entries
+
+
+@plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 2)
+def _invert_blocks_by_threads(ctx, factor, scale):
+    # Threads 0 to 63 own a column each, so that a warp owns two blocks.
+    del ctx
+    f32 = ir.F32Type.get()
+    position = ir.IndexType.get()
+    contract = arith.FastMathFlags.contract
+
+    def at(number):
+        return arith.constant(position, number)
+
+    def plus(one, other):
+        return arith.addi(one, other)
+
+    thread = arith.remui(gpu.thread_id(gpu.Dimension.x), at(64))
+    column = arith.remui(thread, at(BLOCK))
+    start = arith.subi(thread, column)
+    zero, one = arith.constant(f32, 0.0), arith.constant(f32, 1.0)
+    mosaic_utils.warpgroup_barrier()
+    solved = []
+    for row in range(BLOCK):
+        here = plus(start, at(row))
+        own = arith.cmpi(arith.CmpIPredicate.eq, column, at(row))
+        total = arith.select(own, one, zero)
+        for index, entry in enumerate(solved):
+            known = memref.load(factor, [here, plus(start, at(index))])
+            total = mlir_math.fma(arith.negf(known), entry, total)
+        solved.append(arith.mulf(total, memref.load(scale, [here]), fastmath=contract))
+    mosaic_utils.warpgroup_barrier()
+    for row, entry in enumerate(solved):
+        memref.store(entry, factor, [plus(start, at(row)), thread])
+    mosaic_utils.warpgroup_barrier()
+
+
+def eliminate(joint, noise, decay, columns, whitened, inverse_deviation, interpret: bool):
+    r"""Whiten a block of 16 tokens, each thread its own column.
+
+    With G = joint + diag(noise) = L Lᵀ, whose lower triangle is read,
+
+    $$ u_t = \Bigl(e_t - \sum_{s<t} L_{ts}\, a_{s+1}\cdots a_t\, u_s\Bigr) / L_{tt} $$
+
+    for the first 64 columns, which decay, and the same with a = 1 for the others.
+
+    Args:
+        joint: (16, 16) in shared memory.
+        noise: (16,).
+        decay: a, (16,).
+        columns: e, (16, 128).
+        whitened: where u is left.
+        inverse_deviation: (16,), where 1/L_tt is left.
+        interpret: whether the kernel is interpreted, which knows no shuffles.
+    """
+    form: Any = _eliminate_plainly if interpret else _eliminate_by_shuffles
+    form(joint, noise, decay, columns, whitened, inverse_deviation)
+
+
+def _eliminate_plainly(joint, noise, decay, columns, whitened, inverse_deviation):
+    entry = [[joint[m, n] for n in range(m + 1)] for m in range(BLOCK)]
+    thread = index((WARPGROUP,), 0, _THREADS)
+    ones = jnp.ones((WARPGROUP,), jnp.float32)
+    kept = [jnp.where(thread < 64, ones * decay[t], ones) for t in range(BLOCK)]
+    column = [plgpu.load(columns.at[t, pl.ds(0, WARPGROUP)], layout=_THREADS) for t in range(BLOCK)]
+    for t in range(BLOCK):
+        scale = lax.rsqrt(entry[t][t] + noise[t])
+        column[t] = column[t] * scale
+        whitened[t, pl.ds(0, WARPGROUP)] = column[t]
+        inverse_deviation[t] = scale
+        factor = {m: entry[m][t] * scale for m in range(t + 1, BLOCK)}
+        faded = column[t]
+        for m in range(t + 1, BLOCK):
+            faded = faded * kept[m]
+            column[m] = column[m] - factor[m] * faded
+            for n in range(t + 1, m + 1):
+                entry[m][n] = entry[m][n] - factor[m] * factor[n]
+
+
+@plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 6)
+def _eliminate_by_shuffles(ctx, joint, noise, decay, columns, whitened, inverse_deviation):
+    # Row m of G lies in the registers of lane m % 16 of every warp, and warp shuffles broadcast
+    # its entries; two pivots share the latency of a reciprocal root.
+    del ctx
+    f32 = ir.F32Type.get()
+    i32 = ir.IntegerType.get_signless(32)
+    position = ir.IndexType.get()
+    contract = arith.FastMathFlags.contract
+
+    def times(x, y):
+        return arith.mulf(x, y, fastmath=contract)
+
+    def plus(x, y):
+        return arith.addf(x, y, fastmath=contract)
+
+    def times_plus(x, y, z):
+        return mlir_math.fma(x, y, z)
+
+    def at(number):
+        return arith.constant(position, number)
+
+    def word(number):
+        return arith.constant(i32, number)
+
+    def reciprocal_root(x):
+        return mosaic_utils.inline_ptx(
+            "rsqrt.approx.ftz.f32 $0, $1;", x, result_types=f32, has_side_effects=False
+        )
+
+    def from_lane(x, lane):
+        moved = nvvm.shfl_sync(
+            word(0xFFFFFFFF), arith.bitcast(i32, x), word(lane), word(0x1F), nvvm.ShflKind.idx
+        )
+        return arith.bitcast(f32, moved)
+
+    thread = arith.remui(gpu.thread_id(gpu.Dimension.x), at(WARPGROUP))
+    lane = arith.remui(thread, at(BLOCK))
+    one = arith.constant(f32, 1.0)
+    fading = arith.cmpi(arith.CmpIPredicate.ult, thread, at(64))
+    # Generic stores to shared memory alone are waited for: no operand of the tensor cores.
+    mosaic_utils.warpgroup_barrier()
+    entry = [memref.load(joint, [lane, at(j)]) for j in range(BLOCK)]
+    own_noise = memref.load(noise, [lane])
+    kept = [
+        arith.select(fading, memref.load(decay, [at(j)]), one) if j else one for j in range(BLOCK)
+    ]
+    column = [memref.load(columns, [at(j), thread]) for j in range(BLOCK)]
+
+    def leave(j, scale):
+        memref.store(column[j], whitened, [at(j), thread])
+        memref.store(scale, inverse_deviation, [at(j)])
+
+    for j in range(0, BLOCK, 2):
+        first = from_lane(plus(entry[j], own_noise), j)
+        between = from_lane(entry[j], j + 1)
+        second = from_lane(plus(entry[j + 1], own_noise), j + 1)
+        rest = range(j + 2, BLOCK)
+        below = {m: from_lane(entry[j], m) for m in rest}
+        below_second = {m: from_lane(entry[j + 1], m) for m in rest}
+        determinant = times_plus(arith.negf(between), between, times(first, second))
+        scale = reciprocal_root(first)
+        scale_second = times(reciprocal_root(times(determinant, first)), first)
+        factor = times(between, scale)
+        minus_square = arith.negf(times(factor, scale))
+        column[j] = times(column[j], scale)
+        leave(j, scale)
+        faded = times(column[j], kept[j + 1])
+        column[j + 1] = times(times_plus(faded, arith.negf(factor), column[j + 1]), scale_second)
+        leave(j + 1, scale_second)
+        if not len(rest):
+            break
+        own = arith.negf(times(entry[j], scale))
+        own_second = arith.negf(
+            times(times_plus(entry[j], minus_square, entry[j + 1]), scale_second)
+        )
+        faded = arith.negf(faded)
+        faded_second = arith.negf(column[j + 1])
+        for m in rest:
+            faded, faded_second = times(faded, kept[m]), times(faded_second, kept[m])
+            row = times(below[m], scale)
+            row_second = times(times_plus(below[m], minus_square, below_second[m]), scale_second)
+            column[m] = times_plus(faded_second, row_second, times_plus(faded, row, column[m]))
+            entry[m] = times_plus(own_second, row_second, times_plus(own, row, entry[m]))
+    mosaic_utils.warpgroup_barrier()

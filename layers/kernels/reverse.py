@@ -1,0 +1,501 @@
+r"""The gradient of the exact filter from chunk-start states, as matrix products alone.
+
+A chunk of 64 tokens starts from P and M. In the notation of `kernels.forward`, with the chunk in
+place of its block, and Ω the cotangent of what Ω names (written with a bar below),
+
+$$ L = \mathrm{tril}(\rho \circ K U^\top, -1) + \mathrm{diag}(\sqrt{s}),\quad
+   R = \rho \circ X U^\top,\quad y = \alpha X M^\top + R W,\quad e = \alpha^2 K P + c K $$
+
+where u, w and s of every token are what the forward pass has left: nothing is factored again.
+Tokens reach the loss through the chunk's readings,
+
+$$ \bar W = R^\top \bar Y - \bar\ell W,\quad \bar R = \mathrm{tril}(\bar Y W^\top - 2\bar v R),\quad
+   Z = \bar W W^\top + \bar R^\top R,\quad \bar H = \bar R L^{-1} $$
+
+and through the state at its end, M' and P', by B = L⁻ᵀ(εU) and Θ = L⁻ᵀW,
+
+$$ \bar F = \Theta \bar M' - 2 B \bar P',\quad \bar V = L^{-\top}\bar W + B \bar M'^\top,\quad
+   \bar G = -\mathrm{sym}\bigl(L^{-\top}(\Phi(Z) + \tfrac{V}{2}\bar\ell) L^{-1}
+   + (\Theta\bar M' - B\bar P')B^\top\bigr) $$
+
+with Φ the lower triangle, its diagonal halved. Let Ĝ be the lower triangle of Ḡ, off-diagonal
+entries doubled. Then
+
+$$ \bar E = (\rho\circ\hat G)^\top K + (\rho\circ\bar H)^\top X + \epsilon\bar F $$
+$$ \bar K = (\rho\circ\hat G)E + \alpha^2\bar E P + c\bar E - \alpha\bar V M,\quad
+   \bar X = (\rho\circ\bar H)E + 2\bar v(\alpha^2 X P + cX) + \alpha\bar Y M $$
+$$ \bar r = \mathrm{diag}\,\bar G,\quad \bar c = k\cdot\bar e + \bar v|x|^2 \;
+   (+ \mathrm{tr}\bar P' \text{ at the end}),\quad \bar q_t = \sum_{u\ge t}\rho_{ut}^2\bar c_u $$
+
+Memory scaled up while keys and queries are scaled down by as much changes no reading, so that
+⟨M, M̄⟩ + 2⟨P, P̄⟩ moves along the chunk by k·k̄ + x·x̄ a token, and
+
+$$ \bar{\log a_t} = \sum_{u \ge t} (k\cdot\bar k + x\cdot\bar x - 2 q\bar q)_u
+   + \langle M', \bar M'\rangle + 2\langle P', \bar P'\rangle. $$
+
+**Across chunks**, with Ψ = α_C − (αK)ᵀB and Λ = Θᵀ(αK),
+
+$$ \bar M = \bar M'\Psi^\top + \text{own},\quad
+   \bar P = \mathrm{sym}(\Psi\bar P'\Psi^\top + \Lambda^\top\bar M'\Psi^\top) + \text{own}. $$
+
+What does not depend on M̄' and P̄' is found by `local` for all chunks at once; `recur` then goes
+through the chunks of a head from the last to the first with M̄ and P̄ in registers.
+
+**Layout.** A chunk's matrices are 64 × 64. Two warpgroups share the columns of each: an operand
+lies whole in shared memory as two bfloat16 pieces, readable as its transpose too, and each
+multiplies it by its own 32 columns of another; sums are float32. `local` is one program a chunk,
+`recur` one a head. Between them pass five such matrices a chunk in float32, 1.3 kB a token.
+
+Source: the derivative of a Cholesky factor, Murray (2016), arXiv 1602.07527; values and gradients
+are compared with the filter token by token in tests/test_kernels.py.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from . import mosaic
+from .forward import CHUNK, WIDTH
+from .mosaic import BLOCK, COLUMNS, ROWS, along_columns, along_rows, pieces
+
+PIECES = 2
+SHARES = 2
+"""Warpgroups that share the columns of a chunk's matrices."""
+SQUARE = (CHUNK, WIDTH)
+
+
+class Numbers(NamedTuple):
+    """Numbers a token that the kernels take together, (row, time)."""
+
+    total: Array  # log decay since the chunk's start
+    document: Array  # how many documents have started since
+    alpha: Array
+    drift: Array
+    end: Array
+    of_variance: Array
+    of_evidence: Array
+    inverse_deviation: Array
+
+    def by_chunk(self) -> Float[Array, "row chunk number token"]:
+        stacked = jnp.stack(self, axis=1)
+        cut = stacked.reshape(*stacked.shape[:2], -1, CHUNK)
+        return jnp.swapaxes(cut, 1, 2)
+
+
+def _numbers_of(ref) -> Numbers:
+    """References to each of a chunk's numbers."""
+    return Numbers(*(ref.at[index] for index in range(len(Numbers._fields))))
+
+
+def local(
+    key: Float[Array, "row piece time key"],
+    query: Float[Array, "row piece time key"],
+    whitened: Float[Array, "row time both"],
+    of_mean: Float[Array, "row time value"],
+    numbers: Float[Array, "row chunk number token"],
+    *,
+    interpret: bool = False,
+) -> tuple[Array, ...]:
+    """What each chunk asks of its tokens, the states' cotangents aside: (row, chunk, 64, 64) each.
+
+    Returns:
+        The weights B, Θ, what readings ask of values, and of the joint covariance and read-outs
+        (lower triangles, times ρ).
+    """
+    rows, depth, time, _ = key.shape
+    chunks = time // CHUNK
+    out = [jax.ShapeDtypeStruct((rows, chunks, *SQUARE), jnp.float32)] * 5
+    form = mosaic.operands_of(WIDTH // SHARES)
+    operand = mosaic.SMEM((PIECES, *SQUARE), jnp.bfloat16, transforms=form)
+    given = mosaic.SMEM((depth, *SQUARE), jnp.bfloat16, transforms=form)
+    run = mosaic.kernel(
+        partial(_local, interpret=interpret),
+        out,
+        {"row": rows, "chunk": chunks},
+        [
+            given,
+            given,
+            *[operand] * 5,
+            mosaic.SMEM(numbers.shape[2:], jnp.float32),
+            mosaic.SMEM((CHUNK, WIDTH + 4), jnp.float32),
+            mosaic.barrier(num_arrivals=1 + 2 * depth),
+            mosaic.barrier(num_arrivals=SHARES),
+        ],
+        SHARES,
+        interpret,
+        reduces=False,
+    )
+    return run(key, query, whitened, of_mean, numbers)
+
+
+class _Share:
+    """A warpgroup's share of the columns of a chunk's matrices: indices, vectors, ratios."""
+
+    def __init__(self, which, width, interpret):
+        self.shape = (CHUNK, width)
+        self.first = which * width
+        self.columns = pl.ds(self.first, width)
+        self.i = mosaic.index(self.shape, 0)
+        self.j = mosaic.index(self.shape, 1) + self.first
+        self.interpret = interpret
+        self.multiply = partial(mosaic.product, self.shape, interpret=interpret)
+
+    def along(self, ref):
+        """A number a token, all along its row."""
+        return along_rows(mosaic.load(ref, ROWS), self.shape)
+
+    def across(self, ref):
+        """A number a token, all along its column."""
+        return along_columns(mosaic.load(ref.at[self.columns], COLUMNS), self.shape)
+
+    def ratios(self, numbers):
+        same = self.along(numbers.document) == self.across(numbers.document)
+        allowed = jnp.logical_and(self.i >= self.j, same)
+        # The exponent is at most 0 where it counts.
+        exponent = self.along(numbers.total) - self.across(numbers.total)
+        ratio = jnp.exp(jnp.minimum(exponent, 0))
+        return jnp.where(allowed, ratio, jnp.zeros_like(ratio))
+
+    def lower(self, square):
+        return jnp.where(self.i >= self.j, square, jnp.zeros_like(square))
+
+    def diagonal(self, square):
+        return jnp.where(self.i == self.j, square, jnp.zeros_like(square))
+
+    def halved(self, square):
+        return self.lower(jnp.where(self.i == self.j, square * 0.5, square))
+
+    def load(self, ref):
+        return mosaic.load(ref.at[:, self.columns]).astype(jnp.float32)
+
+    def put(self, ref, matrix):
+        for piece, part in enumerate(pieces(matrix, PIECES)):
+            ref.at[piece, :, self.columns][...] = part
+
+    def plain(self, ref):
+        """Own share of what pieces sum to."""
+        return sum(self.load(ref.at[piece]) for piece in range(ref.shape[0]))
+
+    def times(self, *factors):
+        """Own share of a sum of products, each of (left, right) whose pieces are whole."""
+        terms = []
+        for left, right in factors:
+            terms += mosaic.pairs(left.left(), right.right(self.columns), PIECES)
+        return self.multiply(terms)
+
+
+class _Pieces:
+    """A matrix in shared memory, or its transpose."""
+
+    def __init__(self, ref, transposed=False):
+        self.ref, self.transposed = ref, transposed
+
+    @property
+    def T(self):
+        return _Pieces(self.ref, not self.transposed)
+
+    def left(self):
+        parts = [self.ref.at[piece] for piece in range(self.ref.shape[0])]
+        return [part.transpose((1, 0)) for part in parts] if self.transposed else parts
+
+    def right(self, columns):
+        if self.transposed:
+            every = range(self.ref.shape[0])
+            return [self.ref.at[piece, columns].transpose((1, 0)) for piece in every]
+        return [self.ref.at[piece, :, columns] for piece in range(self.ref.shape[0])]
+
+
+def _local(
+    key,
+    query,
+    whitened,
+    of_mean,
+    numbers_in,
+    weights_out,
+    explained_out,
+    of_value_out,
+    of_joint_out,
+    of_read_out,
+    *scratch,
+    interpret,
+):
+    row, chunk = lax.axis_index("row"), lax.axis_index("chunk")
+    here = _Share(lax.axis_index("wg"), WIDTH // SHARES, interpret)
+    *buffers, vectors, blocks, arrived, met = scratch
+    keys, queries, moved, spare, given, reads, inverses = map(_Pieces, buffers)
+    numbers = _numbers_of(vectors)
+    tokens = pl.ds(chunk * CHUNK, CHUNK)
+
+    def leave(ref, matrix):
+        ref.at[row, chunk, :, here.columns][...] = matrix
+
+    def covariances():
+        return here.load(whitened.at[row, tokens])
+
+    def surprises():
+        return mosaic.load(whitened.at[row, tokens, pl.ds(WIDTH + here.first, WIDTH // SHARES)])
+
+    @pl.when(here.first == 0)
+    def _():
+        mosaic.copy_in(numbers_in.at[row, chunk], vectors, arrived)
+        for source, target in ((key, keys.ref), (query, queries.ref)):
+            for piece in range(target.shape[0]):
+                mosaic.copy_in(source.at[row, piece, tokens], target.at[piece], arrived)
+
+    surprise, uncovered = surprises(), covariances()
+    cotangent = here.load(of_mean.at[row, tokens])
+    here.put(moved.ref, uncovered)
+    here.put(spare.ref, surprise)
+    here.put(given.ref, cotangent)
+    mosaic.meet(met)
+    mosaic.barrier_wait(arrived)
+    ratios = here.ratios(numbers)
+    factor = here.times((keys, moved.T)) * ratios
+    read = here.times((queries, moved.T)) * ratios
+    here.put(reads.ref, read)
+    mosaic.meet(met)
+    of_surprise = here.times((reads.T, given)) - here.along(numbers.of_evidence) * surprise
+    of_read = here.times((given, spare.T)) - 2 * here.along(numbers.of_variance) * read
+    mosaic.meet(met)
+    here.put(given.ref, of_surprise)
+    here.put(moved.ref, here.lower(of_read))
+    mosaic.meet(met)
+    inner = here.times((given, spare.T), (moved.T, reads))
+    evidence = here.diagonal(here.along(numbers.of_evidence))
+    inner = here.halved(inner) + evidence * (WIDTH / 2)
+    mosaic.meet(met)
+    inverse = _invert(factor, numbers.inverse_deviation, here, blocks, reads, inverses, spare, met)
+    here.put(inverses.ref, inverse)
+    here.put(reads.ref, inner)
+    mosaic.meet(met)
+    uncovered, surprise = covariances(), surprises()
+    here.put(spare.ref, here.times((inverses.T, reads), (inverses.T, reads.T)))
+    mosaic.meet(met)
+    here.put(reads.ref, here.along(numbers.end) * uncovered)
+    # Ḡ is minus half the product, and its lower triangle off the diagonal counts twice.
+    ratios = here.ratios(numbers)
+    leave(of_joint_out, -here.halved(here.times((spare, inverses))) * ratios)
+    leave(of_read_out, here.times((moved, inverses)) * ratios)
+    leave(of_value_out, here.times((inverses.T, given)))
+    mosaic.meet(met)
+    here.put(spare.ref, surprise)
+    leave(weights_out, here.times((inverses.T, reads)))
+    mosaic.meet(met)
+    leave(explained_out, here.times((inverses.T, spare)))
+
+
+def _invert(factor, scale, here, blocks, factors, inverses, spare, met):
+    """L⁻¹, given 1/L_tt: its blocks of 16 are inverted, then joined in turn."""
+    blocks.at[:, here.columns][...] = factor
+    here.put(factors.ref, factor)
+    mosaic.meet(met)
+
+    @pl.when(here.first == 0)
+    def _():
+        mosaic.invert_blocks(blocks, scale, here.interpret)
+
+    mosaic.meet(met)
+    apart = jnp.bitwise_xor(here.i, here.j)
+    inverse = mosaic.load(blocks.at[:, here.columns])
+    inverse = jnp.where(apart < BLOCK, inverse, jnp.zeros_like(inverse))
+    size = BLOCK
+    while size < CHUNK:
+        here.put(inverses.ref, inverse)
+        mosaic.meet(met)
+        joining = jnp.logical_and(apart >= size, apart < 2 * size)
+        joining = jnp.logical_and(joining, here.i > here.j)
+        crossed = here.times((factors, inverses))
+        here.put(spare.ref, jnp.where(joining, crossed, jnp.zeros_like(crossed)))
+        mosaic.meet(met)
+        inverse = inverse - here.times((inverses, spare))
+        mosaic.meet(met)
+        size *= 2
+    return inverse
+
+
+def recur(
+    key: Float[Array, "row piece time key"],
+    query: Float[Array, "row piece time key"],
+    of_mean: Float[Array, "row time value"],
+    numbers: Float[Array, "row chunk number token"],
+    found: tuple[Array, ...],
+    means: Float[Array, "row chunk value key"],
+    covariances: Float[Array, "row chunk key key"],
+    of_last_mean: Float[Array, "row value key"],
+    of_last_covariance: Float[Array, "row key key"],
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    interpret: bool = False,
+) -> dict[str, Array]:
+    """Pass through the chunks from the last to the first.
+
+    Returns:
+        Cotangents of `key`, `value` and `query` (row, time, 64), of `noise`, and of c within its
+        chunk (`drift`); `moved`, k·k̄ + x·x̄ of every token; at every chunk's start, (row, chunk,
+        64), `trace`, the diagonal of P̄, and `scale`, which sums to ⟨M, M̄⟩ + 2⟨P, P̄⟩; M̄ and P̄ before
+        the first token, `first_mean` and `first_covariance`.
+    """
+    rows, depth, time, _ = key.shape
+    chunks = time // CHUNK
+    f32 = jnp.float32
+    out = {
+        **dict.fromkeys(("key", "value", "query"), ((rows, time, WIDTH), dtype)),
+        **dict.fromkeys(("noise", "drift", "moved"), ((rows, SHARES, time), f32)),
+        **dict.fromkeys(("trace", "scale"), ((rows, SHARES, chunks, WIDTH), f32)),
+        **dict.fromkeys(("first_mean", "first_covariance"), ((rows, WIDTH, WIDTH), f32)),
+    }
+    form = mosaic.operands_of(WIDTH // SHARES)
+    operand = mosaic.SMEM((1, PIECES, *SQUARE), jnp.bfloat16, transforms=form)
+    given = mosaic.SMEM((1, depth, *SQUARE), jnp.bfloat16, transforms=form)
+    run = mosaic.kernel(
+        partial(_recur, names=tuple(out), chunks=chunks, interpret=interpret),
+        [jax.ShapeDtypeStruct(*kind) for kind in out.values()],
+        {"row": rows},
+        [
+            given,
+            given,
+            *[operand] * 11,
+            mosaic.SMEM((2, *numbers.shape[2:]), f32),
+            mosaic.barrier(num_arrivals=2 * depth),
+            mosaic.barrier(num_arrivals=1, num_barriers=2),
+            mosaic.barrier(num_arrivals=SHARES),
+        ],
+        SHARES,
+        interpret,
+    )
+    got = run(
+        key,
+        query,
+        of_mean,
+        numbers,
+        *found,
+        means,
+        covariances,
+        of_last_mean,
+        of_last_covariance,
+    )
+    named = dict(zip(out, got, strict=True))
+    halves = ("noise", "drift", "moved", "trace", "scale")
+    return named | {name: named[name].sum(axis=1) for name in halves}
+
+
+def _recur(*refs, names, chunks, interpret):
+    key, query, of_mean, numbers_in = refs[:4]
+    inputs = refs[4:9]
+    means, covariances, of_last_mean, of_last_covariance = refs[9:13]
+    out = dict(zip(names, refs[13 : 13 + len(names)], strict=True))
+    *buffers, vectors, arrived, numbered, met = refs[13 + len(names) :]
+    row, share = lax.axis_index("row"), lax.axis_index("wg")
+    here = _Share(share, WIDTH // SHARES, interpret)
+
+    def fetch_numbers(c, slot):
+        mosaic.copy_in(numbers_in.at[row, c], vectors.at[slot], numbered.at[slot])
+
+    @pl.when(share == 0)
+    def _():
+        fetch_numbers(chunks - 1, 0)
+
+    def chunk(step, carry):
+        of_mean_end, of_covariance_end = carry
+        c = chunks - 1 - step
+        tokens, slot = pl.ds(c * CHUNK, CHUNK), lax.rem(step, 2)
+        numbers = _numbers_of(vectors.at[slot])
+
+        def leave(name, matrix):
+            ref = out[name]
+            ref.at[row, tokens, here.columns][...] = matrix.astype(ref.dtype)
+
+        def leave_sum(name, matrix):
+            at = c if len(out[name].shape) == 4 else tokens
+            out[name].at[row, share, at][...] = jnp.sum(matrix, axis=1)
+
+        @pl.when(share == 0)
+        def _():
+            for source, target in ((key, buffers[0].at[0]), (query, buffers[1].at[0])):
+                for piece in range(target.shape[0]):
+                    mosaic.copy_in(source.at[row, piece, tokens], target.at[piece], arrived)
+            before = jnp.maximum(c - 1, 0)
+
+            @pl.when(c > 0)
+            def _():
+                fetch_numbers(before, 1 - slot)
+
+            for ref in (*inputs, means, covariances):
+                mosaic.prefetch(ref.at[row, before], interpret)
+            mosaic.prefetch(of_mean.at[row, pl.ds(before * CHUNK, CHUNK)], interpret)
+
+        mosaic.barrier_wait(numbered.at[slot])
+        fade, added = here.along(numbers.alpha), here.along(numbers.drift)
+        kept = vectors[slot, 2, CHUNK - 1]
+        # Always 0, which the compiler cannot know: otherwise it computes every operand's
+        # descriptor once, before the loop, and keeps hundreds in local memory.
+        only = jnp.where(kept < 0, 1, 0)
+        places = [_Pieces(ref.at[only]) for ref in buffers]
+        keys, queries, of_means, of_covariances, covariance, mean, *places = places
+        weights, spreads, of_values, joints, reads, given, squares = places
+        weights_in, explained_in, of_value_in, of_joint_in, of_read_in = (
+            ref.at[row, c] for ref in inputs
+        )
+        for place, ref in (
+            (weights, weights_in),
+            (spreads, explained_in),
+            (covariance, covariances.at[row, c]),
+            (mean, means.at[row, c]),
+            (reads, of_read_in),
+        ):
+            here.put(place.ref, here.load(ref))
+        here.put(given.ref, fade * here.load(of_mean.at[row, tokens]))
+        here.put(of_means.ref, of_mean_end)
+        here.put(of_covariances.ref, of_covariance_end)
+        of_value, of_joint = here.load(of_value_in), here.load(of_joint_in)
+        mosaic.meet(met)
+        guided = here.times((spreads, of_means))
+        spread = here.times((weights, of_covariances))
+        of_value = of_value + here.times((weights, of_means.T))
+        leave("value", of_value)
+        here.put(squares.ref, guided - spread)
+        here.put(of_values.ref, -fade * of_value)
+        of_tied = here.along(numbers.end) * (guided - 2 * spread)
+        mosaic.meet(met)
+        between = here.times((squares, weights.T), (weights, squares.T))
+        joint = of_joint - here.halved(between) * here.ratios(numbers)
+        leave_sum("noise", here.diagonal(joint))
+        here.put(joints.ref, joint)
+        mosaic.barrier_wait(arrived)
+        plain_key, plain_query = here.plain(keys.ref), here.plain(queries.ref)
+        tied = fade * fade * here.times((keys, covariance)) + added * plain_key
+        mosaic.meet(met)
+        here.put(weights.ref, tied)
+        of_tied = of_tied + here.times((joints.T, keys), (reads.T, queries))
+        of_read_variance = here.along(numbers.of_variance)
+        leave_sum("drift", plain_key * of_tied + of_read_variance * plain_query * plain_query)
+        here.put(spreads.ref, fade * fade * of_tied)
+        here.put(squares.ref, fade * fade * of_read_variance * plain_query)
+        unread = fade * fade * here.times((queries, covariance)) + added * plain_query
+        mosaic.meet(met)
+        of_mean_start = kept * of_mean_end + here.times((of_values.T, keys), (given.T, queries))
+        crossed = here.times((keys.T, spreads), (spreads.T, keys))
+        squared = here.times((queries.T, squares))
+        of_covariance_start = kept * kept * of_covariance_end + 0.5 * crossed + squared
+        of_key = added * of_tied + here.times(
+            (joints, weights), (spreads, covariance), (of_values, mean)
+        )
+        of_query = 2 * of_read_variance * unread + here.times((reads, weights), (given, mean))
+        leave("key", of_key)
+        leave("query", of_query)
+        leave_sum("moved", plain_key * of_key + plain_query * of_query)
+        scale = here.load(means.at[row, c]) * of_mean_start
+        leave_sum("scale", scale + 2 * here.load(covariances.at[row, c]) * of_covariance_start)
+        leave_sum("trace", here.diagonal(of_covariance_start))
+        mosaic.meet(met)
+        return of_mean_start, of_covariance_start
+
+    start = here.load(of_last_mean.at[row]), here.load(of_last_covariance.at[row])
+    first_mean, first_covariance = lax.fori_loop(0, chunks, chunk, start)
+    out["first_mean"].at[row, :, here.columns][...] = first_mean
+    out["first_covariance"].at[row, :, here.columns][...] = first_covariance

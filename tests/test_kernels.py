@@ -1,0 +1,247 @@
+"""Kernels against the filter token by token in float64: in the simulator, lowered, and on a GPU."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scan_cases import Case, draw_initial, draw_stream
+
+from layers.kernels import kernel_scan, mosaic, refusal
+from layers.rules import Diagonal, Exact, Restored
+from layers.scans import filter_scan
+from layers.stream import Belief, Stream
+
+PRIOR = 0.9
+VECTORS = ("key", "value", "query")
+TOLERANCES = {
+    "float32": {"values": 1e-4, "gradients": 1e-3},
+    # A gradient is rounded as its argument is: 2⁻⁹ of each entry at most.
+    "bfloat16": {"values": 1e-4, "gradients": 4e-3},
+}
+"""Relative errors, of each array by its norm. Inputs are rounded before they are compared."""
+
+
+def draw(case: Case, dtype: str) -> tuple[dict, jax.Array | None]:
+    """Every differentiable input in float32, or rounded to bfloat16, and documents' starts."""
+    stream = draw_stream(case, dtype="float32")
+    mean, covariance = draw_initial(Exact(), 64, 64)
+    named = {name: getattr(stream, name) for name in (*VECTORS, "noise", "log_decay", "drift")}
+    named |= {"prior": jnp.float32(PRIOR), "mean": mean, "covariance": covariance}
+    cast = {
+        name: jnp.asarray(part, dtype if name in VECTORS else "float32")
+        for name, part in named.items()
+        if part is not None
+    }
+    return cast, stream.starts
+
+
+def outputs(arguments: dict, starts, form) -> dict:
+    """Every output of one head, by name."""
+    rates = {name: arguments.get(name) for name in ("log_decay", "drift")}
+    stream = Stream(*(arguments[name] for name in (*VECTORS, "noise")), **rates, starts=starts)
+    covariance = (arguments["covariance"] + arguments["covariance"].T) / 2
+    last, reading = form(stream, Belief(arguments["mean"], covariance), arguments["prior"])
+    named = {"last mean": last.mean, "last covariance": last.covariance}
+    return named | {
+        "outputs": reading.mean,
+        "variances": reading.variance,
+        "log evidence": reading.log_evidence,
+    }
+
+
+def by_token(stream, initial, prior):
+    return filter_scan(stream, prior, initial=initial, algorithm="token")
+
+
+def simulated(stream, initial, prior):
+    return kernel_scan(stream, initial, prior, interpret=True)
+
+
+def weigh(parts: dict) -> jax.Array:
+    """One number that every entry of every output moves in its own way."""
+    total = jnp.zeros(())
+    for name, part in sorted(parts.items()):
+        weights = np.random.default_rng(len(name)).normal(size=part.shape)
+        if name == "last covariance":
+            weights = (weights + weights.T) / 2
+        total = total + jnp.sum(part * jnp.asarray(weights, part.dtype))
+    return total
+
+
+def differentiated(form):
+    def objective(arguments, starts):
+        parts = outputs(arguments, starts, form)
+        return weigh(parts), parts
+
+    return lambda *inputs: jax.grad(objective, has_aux=True)(*inputs)
+
+
+def expected(arguments: dict, starts) -> tuple[dict, dict]:
+    """Gradients and outputs of the definition in float64, of the same rounded inputs."""
+    with jax.enable_x64(True):
+        exact = {
+            name: jnp.asarray(np.asarray(part, np.float64)) for name, part in arguments.items()
+        }
+        return jax.tree.map(np.asarray, jax.jit(differentiated(by_token))(exact, starts))
+
+
+def errors(found: dict, reference: dict) -> dict[str, float]:
+    assert found.keys() == reference.keys()
+    return {
+        name: float(
+            np.linalg.norm(np.asarray(found[name], np.float64) - part)
+            / max(np.linalg.norm(part), 1e-30)
+        )
+        for name, part in reference.items()
+    }
+
+
+def assert_within(found: tuple[dict, dict], reference: tuple[dict, dict], dtype: str, slack=1.0):
+    gradients, values = (errors(*pair) for pair in zip(found, reference, strict=True))
+    limits = TOLERANCES[dtype]
+    for kind, worst in (("values", values), ("gradients", gradients)):
+        over = {name: error for name, error in worst.items() if not error <= slack * limits[kind]}
+        assert not over, f"{kind} {over}"
+
+
+# -- without a GPU ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_simulated_values_and_gradients_are_the_definition(dtype):
+    """Two chunks, the last padded; documents start inside a block and at a chunk's edge."""
+    case = Case(75, 64, 64, decay="scalar", drift="scalar", starts=(20, 64))
+    arguments, starts = draw(case, dtype)
+    found = differentiated(simulated)(arguments, starts)  # jit can deadlock the simulator
+    assert_within(found, expected(arguments, starts), dtype)
+
+
+def test_simulated_heads_are_mapped():
+    arguments, _ = draw(Case(9, 64, 64), "bfloat16")
+    stream = Stream(*(arguments[name] for name in (*VECTORS, "noise")))
+    initial = Belief(arguments["mean"], arguments["covariance"])
+    heads = jax.tree.map(lambda part: jnp.stack([part, part / 2]), stream)
+    _, found = jax.vmap(lambda head: simulated(head, initial, PRIOR))(heads)
+    for head, scale in enumerate((1, 2)):
+        alone = jax.tree.map(lambda part, scale=scale: part.astype("float32") / scale, stream)
+        _, reference = jax.jit(by_token)(alone, initial, PRIOR)
+        for part, other in zip(jax.tree.leaves(found), jax.tree.leaves(reference), strict=True):
+            np.testing.assert_allclose(part[head], other, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kernels_lower_for_cuda(dtype):
+    """The whole gradient, and so all three kernels; also alone, which saves no states."""
+    arguments, starts = draw(Case(200, 64, 64, decay="scalar", drift="scalar", starts=(7,)), dtype)
+    heads = jax.tree.map(lambda part: jnp.stack([part] * 2), arguments)
+
+    def lower(function):
+        mapped = jax.jit(jax.vmap(lambda head: function(head, starts)))
+        with mosaic.lowering_mesh():
+            return mapped.trace(heads).lower(lowering_platforms=("cuda",)).as_text()
+
+    assert lower(differentiated(kernel_scan)).count("mosaic_gpu_v2") == 3
+    assert lower(lambda *inputs: outputs(*inputs, kernel_scan)).count("mosaic_gpu_v2") == 1
+
+
+FITTING = Case(20, 64, 64, decay="scalar", drift="scalar", starts=(3,))
+UNFIT = {
+    "rule": (FITTING, {"rule": Diagonal()}),
+    "rule restored": (FITTING, {"rule": Restored(jnp.asarray(0.5))}),
+    "algorithm": (FITTING, {"algorithm": "parallel"}),
+    "memory": (replace(FITTING, value=32), {}),
+    "pairs": (replace(FITTING, observations=2), {}),
+    "no tokens": (Case(0, 64, 64), {}),
+    "log_decay": (replace(FITTING, decay="key"), {}),
+    "drift": (replace(FITTING, drift="key"), {}),
+    "prior_variance": (FITTING, {"prior_variance": jnp.ones(64)}),
+}
+
+
+def refused(case: Case, rule=None, algorithm="chunked", prior_variance=PRIOR, dtype="float32"):
+    stream = draw_stream(case, dtype=dtype)
+    initial = Belief(jnp.zeros((case.value, case.key)), jnp.eye(case.key))
+    return refusal(stream, initial, prior_variance, rule or Exact(), algorithm)
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_kernels_do_not_cover_is_refused_by_name(name):
+    case, other = UNFIT[name]
+    assert name.split()[0] in refused(case, **other)
+
+
+def test_float64_is_refused():
+    with jax.enable_x64(True):
+        assert "float64" in refused(FITTING, dtype="float64")
+
+
+def test_what_kernels_cover_is_not_refused():
+    for case in (FITTING, Case(1, 64, 64), replace(FITTING, time=1000)):
+        assert refused(case) is None
+        assert refused(case, dtype="bfloat16") is None
+
+
+# -- on a GPU -----------------------------------------------------------------------------------
+
+LENGTHS = (1, 15, 63, 64, 65, 130, 1000)
+FULL = Case(300, 64, 64, decay="scalar", drift="scalar", starts=(7, 70, 71, 128))
+
+
+def on_gpu(arguments, starts):
+    return jax.jit(differentiated(kernel_scan))(arguments, starts)
+
+
+def assert_on_gpu(arguments, starts, dtype, slack=1.0):
+    """Values and every gradient; and twice, with equal bits."""
+    found, again = on_gpu(arguments, starts), on_gpu(arguments, starts)
+    for part, other in zip(jax.tree.leaves(found), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(part, other)
+    assert_within(found, expected(arguments, starts), dtype, slack)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("time", LENGTHS)
+def test_every_length_on_a_gpu(time, dtype):
+    assert_on_gpu(*draw(Case(time, 64, 64, decay="scalar", drift="scalar"), dtype), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(
+    "case", [FULL, replace(FULL, decay="none"), replace(FULL, drift="none"), Case(100, 64, 64)]
+)
+def test_documents_and_absent_rates_on_a_gpu(case, dtype):
+    assert_on_gpu(*draw(case, dtype), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("weakest", [-5.0, -50.0, -1000.0])
+def test_strong_decay_on_a_gpu(weakest, dtype):
+    assert_on_gpu(*draw(replace(FULL, weakest=weakest), dtype), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("noise", [1e-3, 1e-2, 1e2])
+def test_extremes_of_noise_and_keys_alike_on_a_gpu(noise, dtype):
+    """Keys of cosine 0.9, which leave the least to each innovation."""
+    arguments, starts = draw(FULL, dtype)
+    rng = np.random.default_rng(0)
+    key = rng.normal(size=64) + 0.33 * rng.normal(size=(FULL.time, 64))
+    key /= np.linalg.norm(key, axis=1, keepdims=True)
+    arguments |= {"key": jnp.asarray(key, dtype), "noise": arguments["noise"] * noise}
+    assert_on_gpu(arguments, starts, dtype)
+
+
+@pytest.mark.gpu
+def test_automatic_choice_on_a_gpu_is_the_kernel():
+    arguments, starts = draw(FULL, "float32")
+
+    def automatic(stream, initial, prior):
+        return filter_scan(stream, prior, initial=initial)
+
+    assert "mosaic_gpu" in jax.jit(differentiated(automatic)).lower(arguments, starts).as_text()
