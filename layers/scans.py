@@ -11,6 +11,7 @@ from .additive import Superposition, additive_scan, chunk_states
 from .chunks import chunk_length, cut, join
 from .covariance import Uncertainty, covariance_scan
 from .delta import Writes, delta_scan
+from .kernels import Backend, chosen, device_refusal, kernel_scan, refusal
 from .precision import MeanDtype, state_dtype
 from .rules import Additive, Diagonal, Exact, Forget, Isotropic, Reset, Restored, Rule
 from .stream import Belief, Reading, Stream, by_token, one_by_one, per_key
@@ -46,6 +47,7 @@ def filter_scan(
     initial: Belief | None = None,
     algorithm: Algorithm = "chunked",
     dtype: MeanDtype = "float32",
+    backend: Backend = "auto",
 ) -> tuple[Belief, Reading]:
     """Filter a stream.
 
@@ -60,18 +62,25 @@ def filter_scan(
             products of 64 tokens at a time; "parallel" also combines the chunks in a tree, for
             few heads and long sequences on a wide device.
         dtype: of the operands of products that carry values (`layers.precision`).
+        backend: "mosaic" runs the kernels of `layers.kernels`, which take the exact filter with
+            keys and values 64 wide and one rate a token, on Hopper GPUs; "auto" runs them where
+            they apply and XLA elsewhere.
 
     Returns:
         The belief after the last token and every token's reading: the same for each algorithm to
         rounding, with gradients for every array.
 
     Raises:
-        ValueError: widths disagree, or the rule does not take several observations a token.
+        ValueError: widths disagree, the rule does not take several observations a token, or
+            `backend` is "mosaic" and no kernel applies.
     """
     prior = initial_belief(rule, stream.value.shape[-1], stream.key.shape[-1], prior_variance)
     state = state_dtype(*_floats(stream, initial), prior_variance)
     start = prior if initial is None else initial
     check_widths(stream, start)
+    reason = refusal(stream, start, prior_variance, rule, algorithm) or device_refusal()
+    if chosen(backend, reason):
+        return kernel_scan(stream, start, prior_variance)
     count = stream.observations
     if count > 1 and isinstance(rule, Diagonal | Isotropic):
         raise ValueError(

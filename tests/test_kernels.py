@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scan_cases import Case, draw_initial, draw_stream
 
-from layers.kernels import kernel_scan, mosaic, refusal
+from layers.kernels import device_refusal, kernel_scan, mosaic, refusal
 from layers.rules import Diagonal, Exact, Restored
 from layers.scans import filter_scan
 from layers.stream import Belief, Stream
@@ -181,6 +181,21 @@ def test_what_kernels_cover_is_not_refused():
     for case in (FITTING, Case(1, 64, 64), replace(FITTING, time=1000)):
         assert refused(case) is None
         assert refused(case, dtype="bfloat16") is None
+
+
+@pytest.mark.skipif(device_refusal() is None, reason="this device takes kernels")
+def test_asking_for_kernels_on_another_device_is_one_clear_error():
+    stream = draw_stream(FITTING, dtype="float32")
+    with pytest.raises(
+        ValueError, match=r'`backend` is "mosaic", but the device is .*Hopper.*auto'
+    ):
+        filter_scan(stream, PRIOR, backend="mosaic")
+
+
+def test_an_unknown_backend_is_refused():
+    stream = draw_stream(FITTING, dtype="float32")
+    with pytest.raises((ValueError, TypeError), match="cuda"):
+        filter_scan(stream, PRIOR, backend="cuda")  # pyright: ignore[reportArgumentType]
 
 
 # -- on a GPU -----------------------------------------------------------------------------------
