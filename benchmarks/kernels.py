@@ -1,0 +1,221 @@
+"""Speed, memory and accuracy of the kernels beside their peers, in one process on one GPU.
+
+    python -m benchmarks.kernels --json results/kernels_h200.json
+
+Inputs are bfloat16. Times are medians over batches of calls, of which each waits for the last
+alone, so that launches are not counted. Errors are of two heads, relative by the norm of each
+array, to the filter token by token in float64 of the same rounded inputs. `jax-linear-attention`
+is timed where it is installed.
+"""
+
+import argparse
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from layers import Stream, filter_scan
+from recall.records import record, write_json
+
+OURS, XLA = "exact filter, kernels", "exact filter, XLA"
+PEERS = {"gated delta rule": "gated_deltanet", "KDA": "kda", "GLA": "gla", "SSD": "simple_gla"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Batch, time, heads, and the width of keys and values."""
+
+    batch: int
+    time: int
+    heads: int
+    width: int = 64
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is timed, and how often."""
+
+    shapes: tuple[Shape, ...] = (Shape(8, 4096, 16), Shape(1, 32768, 16), Shape(8, 2048, 8, 128))
+    xla: tuple[Shape, ...] = (Shape(8, 4096, 16), Shape(8, 2048, 8, 128))
+    drift: float = 1e-4
+    batches: int = 5
+    calls: int = 10
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds a call, and temporary memory of the gradient in MB."""
+
+    shape: Shape
+    contender: str
+    forward_ms: float
+    gradient_ms: float
+    memory_mb: float
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Relative errors of the read-out, its variance, and every gradient."""
+
+    shape: Shape
+    dtype: str
+    errors: dict[str, float]
+
+
+def streams(shape: Shape, drift: float, dtype: str, seed: int, rows: int | None = None) -> Stream:
+    """One stream a head: unit keys and queries, decays within 2 % of 1, noise from 0.05 to 0.55."""
+    rngs = jax.random.split(jax.random.key(seed), 5)
+    numbers = (rows or shape.batch * shape.heads, shape.time)
+    key, query, value = (jax.random.normal(rng, (*numbers, shape.width)) for rng in rngs[:3])
+    key, query = (part / jnp.linalg.norm(part, axis=-1, keepdims=True) for part in (key, query))
+    return Stream(
+        key.astype(dtype),
+        value.astype(dtype),
+        query.astype(dtype),
+        0.05 + 0.5 * jax.random.uniform(rngs[3], numbers),
+        -0.02 * jax.random.uniform(rngs[4], numbers),
+        jnp.full(numbers, drift),
+    )
+
+
+def exact(backend: str) -> Callable[[Stream], tuple[Array, Array]]:
+    """Read-outs and variances of every head."""
+
+    def head(stream: Stream) -> tuple[Array, Array]:
+        _, reading = filter_scan(stream, 1.0, backend=backend)  # pyright: ignore[reportArgumentType]
+        return reading.mean, reading.variance
+
+    return jax.vmap(head)
+
+
+def peer(kind: str, shape: Shape) -> Callable[[Stream], tuple[Array]]:
+    """An operation of `jax-linear-attention` on the same arrays."""
+    from jla.ops import linear_attention  # pyright: ignore[reportMissingImports]
+
+    def by_head(array: Array) -> Array:
+        return jnp.swapaxes(array.reshape(shape.batch, shape.heads, *array.shape[1:]), 1, 2)
+
+    def run(stream: Stream) -> tuple[Array]:
+        assert stream.log_decay is not None
+        key, value, query = map(by_head, (stream.key, stream.value, stream.query))
+        gates = {"g": by_head(stream.log_decay)}
+        if kind in ("kda", "gla"):
+            gates["g"] = jnp.broadcast_to(gates["g"][..., None], key.shape)
+        if kind in ("kda", "gated_deltanet"):
+            gates["beta"] = by_head(1 / (1 + stream.noise))
+        tokens = (query, key, value)
+        return (linear_attention(kind, *tokens, impl="auto", scale=1.0, **gates)[0],)
+
+    return run
+
+
+def contenders(shape: Shape, config: Config) -> dict[str, Callable[[Stream], tuple[Array, ...]]]:
+    """What is timed on a shape."""
+    out: dict[str, Callable[[Stream], tuple[Array, ...]]] = {}
+    if shape.width == 64:
+        out[OURS] = exact("mosaic")
+    if shape in config.xla:
+        out[XLA] = exact("xla")
+    if importlib.util.find_spec("jla") is not None:
+        peers = PEERS.items() if shape.width == 64 else list(PEERS.items())[:1]
+        out |= {f"{label}, jax-linear-attention": peer(kind, shape) for label, kind in peers}
+    return out
+
+
+def differentiated(function: Callable[[Stream], tuple[Array, ...]]) -> Callable[[Stream], Stream]:
+    """The gradient, for every input, of the sum of squared read-outs."""
+
+    def loss(stream: Stream) -> Array:
+        return jnp.sum(jnp.square(function(stream)[0].astype(jnp.float32)))
+
+    return jax.grad(loss)
+
+
+def timed(shape: Shape, label: str, function, stream: Stream, config: Config) -> Timing:
+    """Time one contender."""
+    forward = jax.jit(function).lower(stream).compile()
+    gradient = jax.jit(differentiated(function)).lower(stream).compile()
+    memory = gradient.memory_analysis()
+    return Timing(
+        shape,
+        label,
+        milliseconds(forward, stream, config),
+        milliseconds(gradient, stream, config),
+        0.0 if memory is None else memory.temp_size_in_bytes / 1e6,
+    )
+
+
+def milliseconds(function: Callable[[Stream], Any], stream: Stream, config: Config) -> float:
+    jax.block_until_ready(function(stream))
+    times = []
+    for _ in range(config.batches):
+        start = time.perf_counter()
+        jax.block_until_ready([function(stream) for _ in range(config.calls)][-1])
+        times.append((time.perf_counter() - start) / config.calls)
+    return 1e3 * statistics.median(times)
+
+
+def accuracy(shape: Shape, dtype: str, config: Config, seed: int) -> Accuracy:
+    """Errors of two heads, whole sequences."""
+    few = streams(shape, config.drift, dtype, seed, rows=2)
+
+    def both(stream: Stream, function):
+        return *function(stream), *jax.tree.leaves(differentiated(function)(stream))
+
+    def by_token(stream: Stream):
+        _, reading = jax.vmap(lambda head: filter_scan(head, 1.0, algorithm="token"))(stream)
+        return reading.mean, reading.variance
+
+    found = jax.jit(lambda stream: both(stream, exact("mosaic")))(few)
+    with jax.enable_x64(True):
+        whole = jax.tree.map(lambda part: part.astype("float64"), few)
+        expected = jax.jit(lambda stream: both(stream, by_token))(whole)
+        names = ("read-out", "variance", "key", "value", "query", "noise", "log_decay", "drift")
+        return Accuracy(shape, dtype, dict(zip(names, map(_error, found, expected), strict=True)))
+
+
+def _error(found: Array, expected: Array) -> float:
+    difference = jnp.linalg.norm(found.astype("float64") - expected)
+    return float(difference / jnp.linalg.norm(expected))
+
+
+def run(config: Config, seed: int, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Check and time everything."""
+    errors: list[Accuracy] = []
+    for shape in config.shapes[:2]:
+        for dtype in ("bfloat16", "float32") if shape == config.shapes[0] else ("bfloat16",):
+            errors.append(accuracy(shape, dtype, config, seed))
+            progress(str(errors[-1]))
+    timings: list[Timing] = []
+    for shape in config.shapes:
+        stream = streams(shape, config.drift, "bfloat16", seed)
+        for label, function in contenders(shape, config).items():
+            timings.append(timed(shape, label, function, stream, config))
+            progress(str(timings[-1]))
+    return {"errors": list(map(asdict, errors)), "timings": list(map(asdict, timings))}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True, help="where the record goes")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args(arguments)
+    config, start = Config(), time.perf_counter()
+    metrics = run(config, given.seed, lambda stage: print(stage, flush=True))
+    command = f"python -m benchmarks.kernels --json {given.json.name} --seed {given.seed}"
+    seconds = time.perf_counter() - start
+    write_json(
+        given.json,
+        record(asdict(config), metrics, command=command, seed=given.seed, seconds=seconds),
+    )
+
+
+if __name__ == "__main__":
+    main()
