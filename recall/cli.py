@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .task_options import TASK_NAMES, add_row_options, chosen_rows
+from .terminal import Status, console
+from .train_commands import add_eval_options, add_train_options, run_eval, run_train
 
 HELD, FAILED, WRONG_REQUEST = 0, 1, 2
 
@@ -205,6 +207,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     batch.add_argument("--out", type=Path, required=True, metavar="FILE.npz")
 
+    train = _command(
+        commands,
+        "train",
+        run_train,
+        "train a layer on a recall task; a run that was stopped goes on where it was",
+        "mbd train mqar --layer bayesian_layer --out runs/a\n"
+        "         mbd train mqar --out runs/a --resume",
+    )
+    add_train_options(train)
+
+    evaluate = _command(
+        commands,
+        "eval",
+        run_eval,
+        "score a trained run: accuracy, calibration, and which answers it had better withhold",
+        "mbd eval runs/a --beyond",
+    )
+    add_eval_options(evaluate)
+
     bench = _command(
         commands,
         "bench",
@@ -257,19 +278,12 @@ def _width(text: str) -> int:
     return int(text)
 
 
-def _console() -> Any:
-    from rich.console import Console
-
-    # Piped output is not cut to a terminal's width.
-    return Console() if sys.stdout.isatty() else Console(width=200)
-
-
 def _models(request: argparse.Namespace) -> tuple[int, Any]:
     from design_models import CATALOGUE
 
     from .reports import catalogue_table
 
-    _console().print(catalogue_table())
+    console().print(catalogue_table())
     record = [
         {
             "name": entry.name,
@@ -300,14 +314,14 @@ def _verify(request: argparse.Namespace) -> tuple[int, Any]:
     if len(subjects) > 1 and all(name in CATALOGUE for name in names):
         outcomes = _verify_side_by_side(names, request.seed)
     else:
-        console, outcomes = _console(), []
+        screen, outcomes = console(), []
         for subject in subjects:
-            with _Status(f"verifying {subject.name}") as status, _naming(subject.name, names):
+            with Status(f"verifying {subject.name}") as status, _naming(subject.name, names):
                 outcome, certificate = verify_subject(
                     subject, seed=request.seed, progress=status.stage
                 )
             outcomes.append(outcome)
-            print_outcome(console, outcome)
+            print_outcome(screen, outcome)
             if update is not None and certificate is not None:
                 outcomes[-1] = _check_update(request, certificate, outcome, update)
     code = HELD if all(outcome.holds for outcome in outcomes) else FAILED
@@ -323,7 +337,7 @@ def _check_update(request: argparse.Namespace, certificate: Any, outcome: Any, u
     from .reports import print_update
     from .verification import Outcome
 
-    with _Status(f"checking {request.update}"):
+    with Status(f"checking {request.update}"):
         verdict = check_update(certificate.exact_filter, update, seed=request.seed)
     compared = f"the exact filter of {outcome.name}"
     policy = outcome.record["policy"]["name"]
@@ -332,7 +346,7 @@ def _check_update(request: argparse.Namespace, certificate: Any, outcome: Any, u
             f"the exact filter of the design model of {outcome.name}, not with {outcome.name} "
             f"itself, which is its reduction by {policy}"
         )
-    print_update(_console(), request.update, verdict, compared)
+    print_update(console(), request.update, verdict, compared)
     record = outcome.record | {
         "holds": outcome.holds and verdict.exact,
         "update_check": {
@@ -351,25 +365,25 @@ def _verify_side_by_side(names: Sequence[str], seed: int) -> list[Any]:
     from .reports import print_outcome, summary_table
     from .verification import verify_catalogue
 
-    console, outcomes = _console(), []
+    screen, outcomes = console(), []
     stages = dict.fromkeys(names, "waiting")
-    with Live(console=console, refresh_per_second=4, transient=True) as live:
+    with Live(console=screen, refresh_per_second=4, transient=True) as live:
 
         def report(name: str, stage: str) -> None:
             stages[name] = stage
-            if console.is_terminal:
+            if screen.is_terminal:
                 live.update(summary_table(outcomes, stages))
 
         for outcome in verify_catalogue(names, seed=seed, report=report):
             outcomes.append(outcome)
             report(outcome.name, "done")
     outcomes.sort(key=lambda outcome: names.index(outcome.name))
-    console.print(summary_table(outcomes, {}))
+    screen.print(summary_table(outcomes, {}))
     for outcome in outcomes:
         if not outcome.holds:
-            print_outcome(console, outcome)
+            print_outcome(screen, outcome)
     held = sum(outcome.holds for outcome in outcomes)
-    console.print(f"{held} of {len(outcomes)} verified")
+    screen.print(f"{held} of {len(outcomes)} verified")
     return outcomes
 
 
@@ -393,15 +407,14 @@ def _recall(request: argparse.Namespace) -> tuple[int, Any]:
     start = time.perf_counter()
     path = request.file or shipped_batch()
     batch = read_batch(path)
-    with _Status(f"recalling {path.name}") as status:
+    with Status(f"recalling {path.name}") as status:
         scores = run(batch, request.widths, seed=request.seed, progress=status.stage)
-    console = _console()
     rows, writes = batch.keys.shape
     print(
         f"{path.name}: {rows} rows, {writes} writes and {batch.queries.shape[1]} queries each, "
         f"{len(batch.candidates)} candidate values"
     )
-    console.print(recall_table(scores))
+    console().print(recall_table(scores))
     config = {
         "file": path.name,
         "rows": rows,
@@ -461,9 +474,9 @@ def _bench(request: argparse.Namespace) -> tuple[int, Any]:
     if unknown:
         raise ModelError(f"there is no comparison {unknown[0]!r}; known: {', '.join(known)}.")
     start = time.perf_counter()
-    with jax.enable_x64(False), _Status("timing") as status:
+    with jax.enable_x64(False), Status("timing") as status:
         timings = bench.run(request.names, seed=request.seed, progress=status.stage)
-    _console().print(bench_table(timings))
+    console().print(bench_table(timings))
     return HELD, record(
         {"names": request.names, "repeats": bench.REPEATS},
         bench.as_records(timings),
@@ -471,30 +484,6 @@ def _bench(request: argparse.Namespace) -> tuple[int, Any]:
         seed=request.seed,
         seconds=time.perf_counter() - start,
     )
-
-
-class _Status:
-    """A line on the terminal's error stream that says what is being done; silent when piped."""
-
-    def __init__(self, doing: str) -> None:
-        from rich.console import Console
-
-        self.doing = doing
-        self.status = Console(stderr=True).status(doing) if sys.stderr.isatty() else None
-
-    def __enter__(self) -> "_Status":
-        if self.status is not None:
-            self.status.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.status is not None:
-            self.status.stop()
-
-    def stage(self, name: str) -> None:
-        """Say which stage has begun."""
-        if self.status is not None:
-            self.status.update(f"{self.doing}: {name}")
 
 
 if __name__ == "__main__":

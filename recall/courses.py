@@ -1,0 +1,124 @@
+"""What a training run is shown, step by step, and what is asked of it."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from .tasks.catalogue import Batch, Rows, draw
+from .tasks.mad import FuzzyRecall, InContextRecall
+from .tasks.zoology import UNLABELLED, Zoology
+
+_SEEDS = 2**31
+
+
+@dataclass(frozen=True)
+class Segment:
+    """So many examples of one kind of rows."""
+
+    rows: Rows
+    examples: int
+
+
+@dataclass(frozen=True)
+class Questions:
+    """A batch as a model takes it.
+
+    Args:
+        inputs: of every row.
+        places: where each row is asked.
+        answers: what is right there.
+        weights: 0 where a row has fewer questions than others, else 1.
+    """
+
+    inputs: Int[np.ndarray, "row position ..."]
+    places: Int[np.ndarray, "row query"]
+    answers: Int[np.ndarray, "row query"]
+    weights: Float[np.ndarray, "row query"]
+
+
+@dataclass(frozen=True)
+class Course:
+    """What is shown in training, and in which order.
+
+    Args:
+        segments: kinds of rows.
+        batch: rows of a step.
+        steps: in all, where batches are drawn on the fly, each of one segment at random.
+        epochs: how often all segments are shown in their order, each drawn once; 0 for on the fly.
+        seed: of all draws.
+        filler: whether Zoology's fillers are random tokens.
+    """
+
+    segments: tuple[Segment, ...]
+    batch: int
+    steps: int = 0
+    epochs: int = 0
+    seed: int = 0
+    filler: bool = True
+
+    @property
+    def length(self) -> int:
+        """Steps in all."""
+        return self.epochs * self._per_epoch if self.epochs else self.steps
+
+    @property
+    def _per_epoch(self) -> int:
+        return sum(-(-segment.examples // self.batch) for segment in self.segments)
+
+    def progress(self, step: int) -> float:
+        """How far the course is, as its learning rate sees it: by epochs where it has them."""
+        return step // self._per_epoch / self.epochs if self.epochs else step / self.steps
+
+    def questions(self, step: int) -> Questions:
+        """The batch of a step, the same whenever it is asked for."""
+        if not self.epochs:
+            rng = np.random.default_rng([self.seed, step])
+            segment = self.segments[int(rng.integers(len(self.segments)))]
+            seed, filler_seed = (int(number) for number in rng.integers(_SEEDS, size=2))
+            return questions(self._draw(segment.rows, self.batch, seed, filler_seed))
+        place = step % self._per_epoch
+        for drawn in self._drawn:
+            count = -(-len(drawn.inputs) // self.batch)
+            if place < count:
+                rows = slice(place * self.batch, (place + 1) * self.batch)
+                return questions(Batch(drawn.inputs[rows], drawn.labels[rows]))
+            place -= count
+        raise AssertionError("a place beyond the epoch")
+
+    @cached_property
+    def _drawn(self) -> list[Batch]:
+        rng = np.random.RandomState(self.seed)
+        seeds = rng.randint(0, 2**31, size=len(self.segments), dtype=np.int64)
+        return [
+            self._draw(segment.rows, segment.examples, int(seed), int(seed))
+            for segment, seed in zip(self.segments, seeds, strict=True)
+        ]
+
+    def _draw(self, rows: Rows, examples: int, seed: int, filler_seed: int) -> Batch:
+        if isinstance(rows, Zoology):
+            return draw(rows, examples, seed, filler_seed=filler_seed if self.filler else None)
+        return draw(rows, examples, seed, training=isinstance(rows, InContextRecall | FuzzyRecall))
+
+
+def held_out(rows: Rows, examples: int, seed: int, filler: bool = True) -> Questions:
+    """Questions about rows that training does not draw."""
+    filler_seed = seed + 1 if filler and isinstance(rows, Zoology) else None
+    return questions(draw(rows, examples, seed, filler_seed=filler_seed))
+
+
+def questions(batch: Batch) -> Questions:
+    """Gather what is asked; rows with fewer questions are filled up with weight 0."""
+    asked = batch.labels != UNLABELLED
+    counts = asked.sum(axis=1)
+    width = int(counts.max()) if len(set(counts.tolist())) == 1 else batch.labels.shape[1]
+    places = np.argsort(~asked, axis=1, kind="stable")[:, :width]
+    weights = np.take_along_axis(asked, places, axis=1)
+    answers = np.where(weights, np.take_along_axis(batch.labels, places, axis=1), 0)
+    return Questions(
+        batch.inputs,
+        places.astype(np.int32),
+        answers.astype(np.int32),
+        weights.astype(np.float32),
+    )

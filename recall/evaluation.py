@@ -1,0 +1,130 @@
+r"""Accuracy, calibration and abstention of trained models, where something is asked.
+
+A model's confidence is its largest probability. Calibration error is the mean gap between
+confidence and accuracy over 15 bins of equal width; coverage is how often the smallest set of
+answers with probability 0.9 holds the right one. Abstention is judged by the area under the ROC
+curve of a signal for wrong answers: of the memory's variance, and of the softmax's entropy.
+"""
+
+from dataclasses import dataclass
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+from scipy import stats
+
+from .courses import Questions
+from .models import RecallModel
+
+SET_LEVEL = 0.9
+_BINS = 15
+_NUMBERS_AT_ONCE = 2**25
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How a model did on one kind of rows.
+
+    Args:
+        accuracy: averaged row by row.
+        macro_accuracy: averaged over the right answers' classes, as MAD's metric.
+        calibration_error: expected, of the confidence.
+        coverage: of sets of probability 0.9.
+        entropy_auroc: of the softmax's entropy as a sign of a wrong answer; NaN where all answers
+            are right, or all wrong.
+        variance_auroc: of the memory's variance likewise; NaN where it has none.
+    """
+
+    accuracy: float
+    macro_accuracy: float
+    calibration_error: float
+    coverage: float
+    entropy_auroc: float
+    variance_auroc: float
+
+
+def evaluate(models: RecallModel, asked: Questions) -> list[Scores]:
+    """Score every model of a leading axis on the same questions."""
+
+    @eqx.filter_jit
+    def answers(models, inputs, places, right):
+        def one(model):
+            answer = jax.vmap(model)(inputs, places)
+            logs = jax.nn.log_softmax(answer.logits)
+            chances = jnp.exp(logs)
+            own = jnp.take_along_axis(chances, right[..., None], axis=-1)
+            above = jnp.sum(jnp.where(chances > own, chances, 0), axis=-1)
+            told = {
+                "guess": jnp.argmax(logs, axis=-1),
+                "confidence": jnp.max(chances, axis=-1),
+                "covered": above < SET_LEVEL,
+                "entropy": -jnp.sum(chances * logs, axis=-1),
+            }
+            if answer.variance is not None:
+                told["variance"] = answer.variance
+            return told
+
+        return eqx.filter_vmap(one)(models)
+
+    rows = _rows_at_once(models, asked)
+    parts = [
+        jax.tree.map(
+            np.asarray,
+            answers(
+                models,
+                asked.inputs[place : place + rows],
+                asked.places[place : place + rows],
+                asked.answers[place : place + rows],
+            ),
+        )
+        for place in range(0, len(asked.inputs), rows)
+    ]
+    told = {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
+    count = len(told["guess"])
+    return [_score({name: array[i] for name, array in told.items()}, asked) for i in range(count)]
+
+
+def auroc(signal: Float[np.ndarray, " question"], wrong: np.ndarray) -> float:
+    """Probability that a wrong answer has the higher signal than a right one; ties count half."""
+    positive = int(wrong.sum())
+    negative = len(wrong) - positive
+    if not positive or not negative:
+        return float("nan")
+    ranks = stats.rankdata(signal)
+    return float((ranks[wrong].sum() - positive * (positive + 1) / 2) / (positive * negative))
+
+
+def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
+    """Mean gap between confidence and accuracy, over bins of equal width."""
+    bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+    gaps = [
+        abs(np.mean(right[bins == place]) - np.mean(confidence[bins == place]))
+        * np.mean(bins == place)
+        for place in np.unique(bins)
+    ]
+    return float(np.sum(gaps))
+
+
+def _score(told: dict[str, np.ndarray], asked: Questions) -> Scores:
+    counts = asked.weights > 0
+    right = told["guess"] == asked.answers
+    by_row = np.sum(right & counts, axis=1) / np.maximum(np.sum(counts, axis=1), 1)
+    flat = {name: array[counts] for name, array in told.items()}
+    hit, answers = right[counts], asked.answers[counts]
+    classes = [np.mean(hit[answers == answer]) for answer in np.unique(answers)]
+    return Scores(
+        float(np.mean(by_row)),
+        float(np.mean(classes)),
+        calibration_error(flat["confidence"], hit),
+        float(np.mean(flat["covered"])),
+        auroc(flat["entropy"], ~hit),
+        auroc(flat["variance"], ~hit) if "variance" in flat else float("nan"),
+    )
+
+
+def _rows_at_once(models: RecallModel, asked: Questions) -> int:
+    runs = len(jax.tree.leaves(eqx.filter(models, eqx.is_inexact_array))[0])
+    numbers = runs * models.embedding.codes * asked.places.shape[1]
+    return max(1, _NUMBERS_AT_ONCE // numbers)

@@ -1,0 +1,47 @@
+"""Mixers for training by name: of the catalogue, attention, or a model of the user's."""
+
+import jax
+from jaxtyping import PRNGKeyArray
+
+from design_models import CATALOGUE, ModelError
+from layers import compile_layer
+from layers.published import published_mixer
+
+from .models import MakeMixer, Mixer, SoftmaxAttention
+from .user_files import load_subject
+
+ATTENTION = "attention"
+
+
+def mixer_maker(layer: str, heads: int) -> MakeMixer:
+    """Return (d_model, rng) -> mixer.
+
+    Args:
+        layer: a name of the catalogue, "attention", or FILE.py:OBJECT, a design model that is
+            verified before it is compiled, at its own widths.
+        heads: memories side by side.
+
+    Raises:
+        ModelError: there is no such layer, or the model is not verified.
+    """
+    if layer == ATTENTION:
+        return lambda d_model, rng: SoftmaxAttention(d_model, heads, rng=rng)
+    if ".py" not in layer:
+        if layer not in CATALOGUE:
+            raise ModelError(
+                f"`--layer` is {layer!r}; it must be one of {', '.join(CATALOGUE)}, {ATTENTION}, "
+                "or FILE.py:OBJECT."
+            )
+        return lambda d_model, rng: published_mixer(layer, d_model, heads, rng=rng)
+    from inference import verify  # needs ArviZ, which training itself does not
+
+    subject = load_subject(layer)
+    certificate = verify(subject.model, name=subject.name, policy=subject.policy)
+    if not certificate.holds:
+        raise ModelError(f"{layer} is not verified; see: mbd verify {layer}.")
+
+    def make(d_model: int, rng: PRNGKeyArray) -> Mixer:
+        with jax.enable_x64(False):
+            return compile_layer(certificate, d_model, heads=heads, rng=rng)
+
+    return make

@@ -1,0 +1,147 @@
+"""A training run from its plan to its record: train, save on the way, test, plot."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from layers.mixer import parameter_count
+
+from . import plots
+from .courses import held_out
+from .evaluation import evaluate
+from .layers_by_name import mixer_maker
+from .models import PairEmbedding, RecallModel
+from .plans import Plan, as_data, harder
+from .records import record, write_json
+from .run_folder import RunFolder
+from .tasks.associative import AssociativeRecall
+from .tasks.catalogue import Rows
+from .training import start, train
+
+VALIDATION_SEED, TEST_SEED = 2**31, 2**31 + 10**6
+"""First seeds of held-out rows; seeds of training lie below."""
+
+_SECONDS_BETWEEN_SAVES = 30.0
+_SMOOTHED = 50
+
+Report = Callable[[int, int, float, float, float], None]
+"""(step, steps in all, loss, accuracy, tokens a second), of the best run."""
+Stage = Callable[[str], None]
+
+
+def finish(
+    folder: RunFolder,
+    *,
+    devices: int = 1,
+    report: Report = lambda *told: None,
+    stage: Stage = lambda name: None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Train a run to its end, from its last checkpoint on, and write its record and plots.
+
+    Args:
+        folder: of the run, with its plan.
+        devices: how many share the rows of a batch.
+        report: called after each step.
+        stage: called as testing begins.
+        command: that makes the record again.
+    """
+    plan, began = folder.plan(), time.perf_counter()
+    runs, first, history = folder.load(start(plan, mixer_maker(plan.layer, plan.heads)))
+    saved = time.perf_counter()
+    spent = _Meter()
+
+    def after(step: int, loss: np.ndarray, accuracy: np.ndarray, tokens: int) -> None:
+        history["loss"].append(loss.tolist())
+        history["accuracy"].append(accuracy.tolist())
+        best = int(np.argmin(loss))
+        speed = spent.count(tokens * len(plan.runs))
+        report(step, plan.course.length, float(loss[best]), float(accuracy[best]), speed)
+
+    step = first
+    while step < plan.course.length:
+        ahead = min(plan.course.length, step + _SMOOTHED)
+        runs = train(plan, runs, step, ahead, after, devices)
+        step = ahead
+        if time.perf_counter() - saved > _SECONDS_BETWEEN_SAVES or step == plan.course.length:
+            folder.save(runs, step, history)
+            saved = time.perf_counter()
+    stage("testing")
+    metrics = {
+        "runs": [{"rate": rate, "seed": seed} for rate, seed in plan.runs],
+        "parameters": parameter_count(_first(runs.models)),
+        "validation": _scores(runs.models, plan, VALIDATION_SEED),
+        "test": _scores(runs.models, plan, TEST_SEED),
+        "tokens_per_second": spent.speed,
+        "final_loss": np.mean(history["loss"][-_SMOOTHED:], axis=0),
+    }
+    seconds = time.perf_counter() - began
+    found = record(as_data(plan), metrics, command=command, seed=list(plan.seeds), seconds=seconds)
+    write_json(folder.record_file, found)
+    plots.learning_curve(folder.path / "learning_curve.png", plan, history)
+    plots.accuracy_by_load(folder.path / "accuracy_by_load.png", plan, metrics["test"])
+    return found
+
+
+def beyond(
+    folder: RunFolder, examples: int, harder_too: bool, stage: Stage = lambda name: None
+) -> dict[str, Any]:
+    """Scores of a trained run on rows as in training, and on rows past what it showed.
+
+    Returns:
+        By name of the rows, every run's scores.
+    """
+    plan = folder.plan()
+    runs, step, _ = folder.load(start(plan, mixer_maker(plan.layer, plan.heads)))
+    hardest = plan.course.segments[-1].rows
+    laws = {"as in training": hardest, **(harder(hardest) if harder_too else {})}
+    found = {}
+    for name, rows in laws.items():
+        stage(name)
+        asked = held_out(rows, examples, TEST_SEED, plan.course.filler)
+        found[name] = [asdict(score) for score in evaluate(_that_see(runs.models, rows), asked)]
+    return {"step": step, "scores": found}
+
+
+def _that_see(models: RecallModel, rows: Rows) -> RecallModel:
+    """The same models of keys that overlap as the rows say."""
+    embedding = models.embedding
+    if isinstance(embedding, PairEmbedding) and isinstance(rows, AssociativeRecall):
+        return replace(models, embedding=replace(embedding, overlap=rows.overlap))
+    return models
+
+
+def _scores(models: RecallModel, plan: Plan, first_seed: int) -> dict[str, list[dict[str, float]]]:
+    found = {}
+    for index, (name, rows) in enumerate(plan.tests.items()):
+        asked = held_out(rows, plan.test_examples, first_seed + 2 * index, plan.course.filler)
+        found[name] = [asdict(score) for score in evaluate(models, asked)]
+    return found
+
+
+def _first(models: RecallModel) -> RecallModel:
+    arrays, rest = eqx.partition(models, eqx.is_array)
+    return eqx.combine(jax.tree.map(lambda leaf: leaf[0], arrays), rest)
+
+
+class _Meter:
+    """Tokens a second, without the first step, which compiles."""
+
+    def __init__(self) -> None:
+        self.tokens, self.began = 0, 0.0
+
+    def count(self, tokens: int) -> float:
+        if not self.began:
+            self.began = time.perf_counter()
+        else:
+            self.tokens += tokens
+        return self.speed
+
+    @property
+    def speed(self) -> float:
+        return self.tokens / max(time.perf_counter() - self.began, 1e-9) if self.tokens else 0.0

@@ -1,0 +1,153 @@
+"""`mbd train` and `mbd eval`: their options, and what they do."""
+
+import argparse
+import math
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .task_options import TASK_NAMES, add_row_options, chosen_rows
+from .terminal import ProgressBar, console
+
+_SMALL_BATCH, _SMALL_STEPS, _SMALL_RATE = 64, 600, 1e-2
+
+
+def add_train_options(command: argparse.ArgumentParser) -> None:
+    """Options of `mbd train`."""
+    command.add_argument("task", choices=TASK_NAMES, metavar="TASK", help=", ".join(TASK_NAMES))
+    command.add_argument(
+        "--layer", metavar="NAME", help="of the catalogue, attention, or FILE.py:OBJECT"
+    )
+    command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the run")
+    command.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    command.add_argument(
+        "--preset",
+        choices=("small", "zoology"),
+        default="small",
+        help="small: minutes on two cores (default); zoology: the published protocol",
+    )
+    command.add_argument("--d-model", type=_positive, help="width (default 64)")
+    command.add_argument("--heads", type=_positive, help="memories side by side (default 2)")
+    command.add_argument("--rates", type=_rate, nargs="+", metavar="RATE", help="learning rates")
+    command.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="of parameters")
+    command.add_argument("--steps", type=_positive, help=f"small: steps (default {_SMALL_STEPS})")
+    command.add_argument("--batch", type=_positive, help=f"small: rows (default {_SMALL_BATCH})")
+    command.add_argument(
+        "--devices", type=_positive, default=1, help="devices that share a batch (default 1)"
+    )
+    add_row_options(command)
+
+
+def add_eval_options(command: argparse.ArgumentParser) -> None:
+    """Options of `mbd eval`."""
+    command.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    command.add_argument(
+        "--beyond", action="store_true", help="also on rows past what training showed"
+    )
+    command.add_argument("--examples", type=_positive, default=256, help="rows (default 256)")
+
+
+def run_train(request: argparse.Namespace) -> tuple[int, Any]:
+    """Train, and print what came of it."""
+    import jax
+
+    from design_models import ModelError
+
+    from .layers_by_name import mixer_maker
+    from .run import finish
+    from .run_folder import RunFolder
+    from .training_reports import training_table
+
+    folder = RunFolder(request.out)
+    available = len(jax.devices())
+    if request.devices > available:
+        raise ModelError(f"`--devices` is {request.devices}; JAX has {available} here.")
+    if not request.resume:
+        plan = _plan(request)
+        if plan.course.batch % request.devices:
+            raise ModelError(
+                f"`--batch` is {plan.course.batch}, no multiple of `--devices` {request.devices}."
+            )
+        mixer_maker(plan.layer, plan.heads)  # a wrong name is found before a folder is made
+        folder.create(plan)
+    elif folder.plan().task != request.task:
+        raise ModelError(f"{request.out} holds a run of {folder.plan().task}, not {request.task}.")
+    with jax.enable_x64(False), ProgressBar() as bar:
+        found = finish(
+            folder,
+            devices=request.devices,
+            report=bar.report,
+            stage=bar.stage,
+            command=shlex.join(["mbd", *sys.argv[1:]]),
+        )
+    console().print(training_table(folder.plan(), found["metrics"]))
+    print(f"record and plots: {folder.path}")
+    return 0, found
+
+
+def run_eval(request: argparse.Namespace) -> tuple[int, Any]:
+    """Score a run, and print the table."""
+    import jax
+
+    from .run import beyond
+    from .run_folder import RunFolder
+    from .training_reports import beyond_table
+
+    folder = RunFolder(request.run)
+    with jax.enable_x64(False), ProgressBar() as bar:
+        found = beyond(folder, request.examples, request.beyond, bar.stage)
+    console().print(beyond_table(folder.plan(), found["scores"]))
+    return 0, found
+
+
+def _plan(request: argparse.Namespace) -> Any:
+    from design_models import ModelError
+
+    from .plans import small_plan, zoology_plan
+    from .tasks.catalogue import TASKS
+    from .tasks.zoology import Zoology
+
+    if request.layer is None:
+        raise ModelError("`--layer` is missing; name a layer, as in --layer bayesian_layer.")
+    task = TASKS[request.task]
+    rows = chosen_rows(task, request)
+    if request.preset == "zoology":
+        given = [name for name in ("steps", "batch") if getattr(request, name) is not None]
+        if given or rows != task.rows:
+            what = f"`--{given[0]}`" if given else "rows of your own"
+            raise ModelError(f"`--preset zoology` fixes the course; leave out {what}.")
+        plan = zoology_plan(task.name, request.layer)
+    else:
+        if isinstance(rows, Zoology) and request.row_vocabulary is None:
+            rows = replace(rows, vocabulary=512)
+        steps, batch = request.steps or _SMALL_STEPS, request.batch or _SMALL_BATCH
+        plan = small_plan(task.name, request.layer, rows, batch=batch, steps=steps)
+        plan = replace(plan, rates=(_SMALL_RATE,))
+    changes = {name: getattr(request, name) for name in ("d_model", "heads", "rates", "seeds")}
+    given = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in changes.items()
+        if value is not None
+    }
+    plan = replace(plan, **given)
+    if plan.d_model % plan.heads:
+        raise ModelError(f"`--d-model` is {plan.d_model}, no multiple of `--heads` {plan.heads}.")
+    return plan
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a rate; give a number above 0")
+    return rate

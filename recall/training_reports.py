@@ -1,0 +1,44 @@
+"""Tables of trained runs."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from .plans import Plan
+
+
+def training_table(plan: Plan, metrics: Mapping[str, Any]) -> Table:
+    """Test accuracy of every run on every kind of rows."""
+    title = f"{plan.task}: {plan.layer}, width {plan.d_model}, {metrics['parameters']:,} parameters"
+    table = Table(title=title, title_justify="left")
+    for heading in ("rate", "seed", "final loss", *plan.tests):
+        table.add_column(heading, justify="right")
+    for place, (rate, seed) in enumerate(plan.runs):
+        accuracies = [found[place]["accuracy"] for found in metrics["test"].values()]
+        cells = (f"{accuracy:.3f}" for accuracy in accuracies)
+        table.add_row(f"{rate:g}", str(seed), f"{metrics['final_loss'][place]:.3f}", *cells)
+    return table
+
+
+def beyond_table(plan: Plan, scores: Mapping[str, Sequence[Mapping[str, float]]]) -> Table:
+    """Accuracy, calibration and abstention of every run, kind of rows by kind of rows."""
+    table = Table(title=f"{plan.task}: {plan.layer}", title_justify="left")
+    for heading in ("rows", "rate", "seed"):
+        table.add_column(heading)
+    headings = {
+        "accuracy": "accuracy",
+        "calibration_error": "calibration error",
+        "coverage": "coverage of 0.9",
+        "entropy_auroc": "AUROC of entropy",
+        "variance_auroc": "AUROC of variance",
+    }
+    for heading in headings.values():
+        table.add_column(heading, justify="right")
+    for rows, found in scores.items():
+        for score, (rate, seed) in zip(found, plan.runs, strict=True):
+            cells = (
+                "–" if score[name] != score[name] else f"{score[name]:.3f}" for name in headings
+            )
+            table.add_row(rows, f"{rate:g}", str(seed), *cells)
+    return table
