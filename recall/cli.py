@@ -14,7 +14,14 @@ from typing import Any, NoReturn
 
 from .task_options import TASK_NAMES, add_row_options, chosen_rows
 from .terminal import Status, console
-from .train_commands import add_eval_options, add_train_options, run_eval, run_train
+from .train_commands import (
+    add_eval_options,
+    add_sweep_options,
+    add_train_options,
+    run_eval,
+    run_sweep,
+    run_train,
+)
 
 HELD, FAILED, WRONG_REQUEST = 0, 1, 2
 
@@ -225,6 +232,15 @@ def _parser() -> argparse.ArgumentParser:
         "mbd eval runs/a --beyond",
     )
     add_eval_options(evaluate)
+
+    sweep = _command(
+        commands,
+        "sweep",
+        run_sweep,
+        "train layers x widths x rates x seeds from a TOML file; goes on where it was stopped",
+        "mbd sweep sweep.toml --out runs/sweep",
+    )
+    add_sweep_options(sweep)
 
     bench = _command(
         commands,

@@ -15,6 +15,7 @@ from .tasks.zoology import Zoology
 
 PRESETS = ("small", "zoology")
 ZOOLOGY_SEED = 123
+SMALL_RATE = 1e-2
 _KINDS = {
     kind.__name__: kind
     for kind in (Zoology, InContextRecall, FuzzyRecall, SelectiveCopy, AssociativeRecall)
@@ -46,7 +47,7 @@ class Plan:
     test_examples: int
     d_model: int = 64
     heads: int = 2
-    rates: tuple[float, ...] = (3e-3,)
+    rates: tuple[float, ...] = (1e-3,)
     seeds: tuple[int, ...] = (0,)
     weight_decay: float = 0.1
     dropout: float = 0.1
@@ -63,7 +64,7 @@ def small_plan(task: str, layer: str, rows: Rows, *, batch: int, steps: int) -> 
     segments = tuple(Segment(law, 0) for law in dict.fromkeys((lighter, rows)))
     course = Course(segments, batch, steps=steps)
     loads = {_load_name(law): law for law in (lighter, rows)}
-    return Plan(task, layer, course, loads, test_examples=256)
+    return Plan(task, layer, course, loads, test_examples=256, rates=(SMALL_RATE,))
 
 
 def zoology_plan(task: str, layer: str) -> Plan:
@@ -96,7 +97,6 @@ def zoology_plan(task: str, layer: str) -> Plan:
         Course(segments, batch=256, epochs=32, seed=ZOOLOGY_SEED),
         {_load_name(law): law for law in loads},
         test_examples=1000,
-        rates=(1e-3,),
     )
 
 

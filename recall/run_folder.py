@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 
@@ -67,6 +68,12 @@ class RunFolder:
             return from_data(json.loads(self.plan_file.read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError) as error:
             raise ModelError(f"{self.plan_file} is no plan of this version: {error}.") from error
+
+    def record(self) -> dict[str, Any] | None:
+        """The record of a run that is finished."""
+        if not self.record_file.is_file():
+            return None
+        return json.loads(self.record_file.read_text(encoding="utf-8"))
 
     def save(self, runs: Runs, step: int, history: History) -> None:
         """Write a checkpoint in place of the last one; a kill leaves one of the two whole."""

@@ -11,7 +11,7 @@ from typing import Any
 from .task_options import TASK_NAMES, add_row_options, chosen_rows
 from .terminal import ProgressBar, console
 
-_SMALL_BATCH, _SMALL_STEPS, _SMALL_RATE = 64, 600, 1e-2
+_SMALL_BATCH, _SMALL_STEPS = 64, 600
 
 
 def add_train_options(command: argparse.ArgumentParser) -> None:
@@ -47,6 +47,14 @@ def add_eval_options(command: argparse.ArgumentParser) -> None:
         "--beyond", action="store_true", help="also on rows past what training showed"
     )
     command.add_argument("--examples", type=_positive, default=256, help="rows (default 256)")
+
+
+def add_sweep_options(command: argparse.ArgumentParser) -> None:
+    """Options of `mbd sweep`."""
+    command.add_argument(
+        "file", type=Path, metavar="FILE.toml", help="layers, widths, rates, seeds"
+    )
+    command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of all runs")
 
 
 def run_train(request: argparse.Namespace) -> tuple[int, Any]:
@@ -102,6 +110,21 @@ def run_eval(request: argparse.Namespace) -> tuple[int, Any]:
     return 0, found
 
 
+def run_sweep(request: argparse.Namespace) -> tuple[int, Any]:
+    """Train what a sweep asks for, and print one table."""
+    from dataclasses import asdict
+
+    import jax
+
+    from . import sweep
+    from .training_reports import sweep_table
+
+    with jax.enable_x64(False), ProgressBar() as bar:
+        lines = sweep.run_sweep(request.file, request.out, report=bar.report, stage=bar.stage)
+    console().print(sweep_table(lines))
+    return 0, [asdict(line) for line in lines]
+
+
 def _plan(request: argparse.Namespace) -> Any:
     from design_models import ModelError
 
@@ -124,7 +147,6 @@ def _plan(request: argparse.Namespace) -> Any:
             rows = replace(rows, vocabulary=512)
         steps, batch = request.steps or _SMALL_STEPS, request.batch or _SMALL_BATCH
         plan = small_plan(task.name, request.layer, rows, batch=batch, steps=steps)
-        plan = replace(plan, rates=(_SMALL_RATE,))
     changes = {name: getattr(request, name) for name in ("d_model", "heads", "rates", "seeds")}
     given = {
         name: tuple(value) if isinstance(value, list) else value

@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from .plans import Plan
+from .sweep import Line
 
 
 def training_table(plan: Plan, metrics: Mapping[str, Any]) -> Table:
@@ -41,4 +43,22 @@ def beyond_table(plan: Plan, scores: Mapping[str, Sequence[Mapping[str, float]]]
                 "–" if score[name] != score[name] else f"{score[name]:.3f}" for name in headings
             )
             table.add_row(rows, f"{rate:g}", str(seed), *cells)
+    return table
+
+
+def sweep_table(lines: Sequence[Line]) -> Table:
+    """Mean test accuracy over seeds, and its spread, at each layer's best rate."""
+    table = Table(title="test accuracy, mean ± deviation over seeds", title_justify="left")
+    for heading in ("layer", "width", "parameters", "best rate", *lines[0].accuracy, "tokens/s"):
+        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    for line in lines:
+        cells = (f"{np.mean(part):.3f} ± {np.std(part):.3f}" for part in line.accuracy.values())
+        table.add_row(
+            line.layer,
+            str(line.d_model),
+            f"{line.parameters:,}",
+            f"{line.rate:g}",
+            *cells,
+            f"{line.tokens_per_second:,.0f}",
+        )
     return table

@@ -19,6 +19,7 @@ from recall.layers_by_name import mixer_maker
 from recall.plans import Plan, as_data, from_data, harder, small_plan, zoology_plan
 from recall.run import _that_see
 from recall.run_folder import RunFolder
+from recall.sweep import summary
 from recall.tasks.associative import AssociativeRecall
 from recall.tasks.catalogue import TASKS, Batch
 from recall.tasks.zoology import UNLABELLED, Zoology
@@ -245,3 +246,65 @@ def test_a_folder_that_holds_a_run_is_kept(tmp_path, capsys):
     assert "cannot be read" in capsys.readouterr().err
     assert main(["train", "mqar", "--out", str(tmp_path), "--resume"]) == 2
     assert "holds a run of associative_recall" in capsys.readouterr().err
+
+
+SWEEP = """
+task = "associative_recall"
+layers = ["linear_attention", "deltanet"]
+widths = [8]
+rates = [1e-3, 1e-2]
+seeds = [0, 1]
+steps = 3
+batch = 4
+[rows]
+codes = 8
+pairs = 2
+"""
+
+
+def test_a_sweep_trains_what_is_not_trained_yet(tmp_path, capsys):
+    path, out, told = tmp_path / "sweep.toml", tmp_path / "runs", tmp_path / "told.json"
+    path.write_text(SWEEP)
+    assert main(["sweep", str(path), "--out", str(out), "--json", str(told)]) == 0
+    lines = json.loads(told.read_text())
+    assert [line["layer"] for line in lines] == ["linear_attention", "deltanet"]
+    assert {len(part) for line in lines for part in line["accuracy"].values()} == {2}
+    times = {file: file.stat().st_mtime_ns for file in out.rglob("record.json")}
+    assert len(times) == 2
+    assert main(["sweep", str(path), "--out", str(out)]) == 0
+    assert {file: file.stat().st_mtime_ns for file in times} == times
+    assert "best rate" in capsys.readouterr().out
+
+
+def test_the_rate_is_chosen_on_validation_rows():
+    plan = tiny(seeds=(0, 1))
+    plan = replace(plan, rates=(1e-3, 1e-2))
+    scores = {"validation": [0.1, 0.2, 0.9, 0.8], "test": [1.0, 1.0, 0.4, 0.5]}
+    metrics = {
+        part: {"rows": [{"accuracy": accuracy} for accuracy in found]}
+        for part, found in scores.items()
+    }
+    line = summary(plan, metrics | {"parameters": 1, "tokens_per_second": 1.0})
+    assert (line.rate, line.accuracy) == (1e-2, {"rows": [0.4, 0.5]})
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("task =", "is not TOML"),
+        ('layers = ["gla"]', "`task` is missing"),
+        ('task = "mqr"\nlayers = ["gla"]', "`task` is 'mqr'"),
+        ('task = "mqar"\nlayers = []', "`layers` is []"),
+        ('task = "mqar"\nlayers = ["gla"]\nrate = 1', "`rate` is unknown"),
+        ('task = "mqar"\nlayers = ["gla"]\npreset = "big"', "`preset` is 'big'"),
+        ('task = "mqar"\nlayers = ["gla"]\npreset = "zoology"\nsteps = 3', "leave out `steps`"),
+        ('task = "mqar"\nlayers = ["gla"]\n[rows]\ncopied = 3', "have no `copied`"),
+    ],
+)
+def test_a_sweep_that_makes_no_sense_is_refused(text, says, tmp_path, capsys):
+    path = tmp_path / "sweep.toml"
+    path.write_text(text)
+    assert main(["sweep", str(path), "--out", str(tmp_path / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
