@@ -20,9 +20,9 @@ from .increment_evidence import continuous_increment_evidence, increment_evidenc
 from .independent_entries import independent_entries, independent_entries_with_crosstalk
 from .policy import Diagonal, Exact, Forget, Isotropic, Policy, Reset
 
-_REGRESSION = "associative regression"
-_INCREMENTS = "evidence about increments"
-_ENTRIES = "independent entries"
+REGRESSION = "associative regression"
+INCREMENTS = "evidence about increments"
+ENTRIES = "independent entries"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Recurrence:
     @property
     def paths(self) -> tuple[str, ...]:
         """Compiled paths its filter qualifies for, slowest first."""
-        fast = self.assumption == _REGRESSION  # rows share one covariance
+        fast = self.assumption != ENTRIES  # rows share one covariance, or writes add up
         return ("token", "chunked", "parallel") if fast else ("token", "parallel")
 
     def model(self, value_width: int = 3, key_width: int = 2) -> DesignModel:
@@ -111,7 +111,7 @@ _RECURRENCES = (
         "linear_attention",
         "Linear attention",
         increment_evidence,
-        _INCREMENTS,
+        INCREMENTS,
         Exact(),
         "Katharopoulos et al. (2020), arXiv 2006.16236",
         "exact at every noise level; the unnormalised form, its feature map applied beforehand",
@@ -120,7 +120,7 @@ _RECURRENCES = (
         "retnet",
         "RetNet",
         _retention,
-        _INCREMENTS,
+        INCREMENTS,
         Exact(),
         "Sun et al. (2023), arXiv 2307.08621",
         "exact, with a decay that is constant in time; rotations of key and query come beforehand",
@@ -129,7 +129,7 @@ _RECURRENCES = (
         "gla",
         "Gated Linear Attention",
         partial(increment_evidence, decay="key"),
-        _INCREMENTS,
+        INCREMENTS,
         Exact(),
         "Yang et al. (2023), arXiv 2312.06635",
         "exact, with one decay per key",
@@ -138,7 +138,7 @@ _RECURRENCES = (
         "mamba2",
         "Mamba-2 (SSD)",
         continuous_increment_evidence,
-        _INCREMENTS,
+        INCREMENTS,
         Exact(),
         "Dao & Gu (2024), arXiv 2405.21060",
         "exact in continuous time: the step size is elapsed time; the skip connection D is outside",
@@ -147,7 +147,7 @@ _RECURRENCES = (
         "deltanet",
         "DeltaNet",
         associative_regression,
-        _REGRESSION,
+        REGRESSION,
         Reset(1.0),
         "Schlag et al. (2021), arXiv 2102.11174; Yang et al. (2024), arXiv 2406.06484",
         "reduction: covariance reset before each write; β = 1/(‖k‖² + r)",
@@ -156,7 +156,7 @@ _RECURRENCES = (
         "gated_deltanet",
         "Gated DeltaNet",
         partial(associative_regression, decay="scalar"),
-        _REGRESSION,
+        REGRESSION,
         Reset(1.0),
         "Yang et al. (2024), arXiv 2412.06464",
         "reduction: covariance reset before each write; β = 1/(‖k‖² + r)",
@@ -165,7 +165,7 @@ _RECURRENCES = (
         "kda",
         "Kimi Delta Attention",
         partial(associative_regression, decay="key"),
-        _REGRESSION,
+        REGRESSION,
         Reset(1.0),
         "Kimi Team (2025), arXiv 2510.26692",
         "reduction: covariance reset before each write, one decay per key; β = 1/(‖k‖² + r)",
@@ -174,7 +174,7 @@ _RECURRENCES = (
         "deltaproduct",
         "DeltaProduct",
         partial(associative_regression, observations=2),
-        _REGRESSION,
+        REGRESSION,
         Reset(1.0),
         "Siems et al. (2025), arXiv 2502.10297",
         "reduction: two observations a step, covariance reset before each of them in turn; "
@@ -184,7 +184,7 @@ _RECURRENCES = (
         "longhorn",
         "Longhorn",
         independent_entries_with_crosstalk,
-        _ENTRIES,
+        ENTRIES,
         Reset(1.0),
         "Liu et al. (2024), arXiv 2407.14207",
         "reduction: covariance reset, and entries taken as independent (the paper's diagonal step)",
@@ -193,7 +193,7 @@ _RECURRENCES = (
         "mesanet",
         "MesaNet",
         _fading_regression,
-        _REGRESSION,
+        REGRESSION,
         Forget(),
         "von Oswald et al. (2025), arXiv 2506.05233",
         "reduction: evidence fades towards the prior; exact where nothing is forgotten; 1/r = β, "
@@ -203,7 +203,7 @@ _RECURRENCES = (
         "kalman_linear_attention",
         "Kalman Linear Attention",
         independent_entries,
-        _ENTRIES,
+        ENTRIES,
         Exact(),
         "Shaj et al. (2026), arXiv 2602.10743",
         "exact for independent entries, a model that counts one value once per column",
@@ -212,7 +212,7 @@ _RECURRENCES = (
         "kalman_delta_isotropic",
         "Kalman Delta Network, isotropic",
         partial(associative_regression, decay="key", drift="scalar"),
-        _REGRESSION,
+        REGRESSION,
         Isotropic(),
         "Bui, Huang & Ying (2026), arXiv 2609.07816",
         "reduction: one variance for all keys; as shipped a token's information counts K times",
@@ -221,7 +221,7 @@ _RECURRENCES = (
         "kalman_delta_diagonal",
         "Kalman Delta Network, diagonal",
         partial(associative_regression, decay="key", drift="key"),
-        _REGRESSION,
+        REGRESSION,
         Diagonal(),
         "Bui, Huang & Ying (2026), arXiv 2609.07816",
         "reduction: one variance per key; as shipped a token's information counts K times",
@@ -230,7 +230,7 @@ _RECURRENCES = (
         "bayesian_static",
         "Bayesian linear regression",
         associative_regression,
-        _REGRESSION,
+        REGRESSION,
         Exact(),
         "Dowling et al. (2026), arXiv 2605.31163",
         "exact: a memory that neither decays nor drifts, so the posterior is the ridge solution",
@@ -239,7 +239,7 @@ _RECURRENCES = (
         "bayesian_layer",
         "Bayesian Layer",
         partial(associative_regression, decay="scalar", drift="scalar"),
-        _REGRESSION,
+        REGRESSION,
         Exact(),
         "Dowling et al. (2026), arXiv 2605.31163",
         "exact: the full covariance steers every write",

@@ -42,6 +42,8 @@ class Structure:
     @property
     def paths(self) -> tuple[str, ...]:
         """Compiled paths that a filter of this structure qualifies for, slowest first."""
+        if self._superposes:
+            return ("token", "chunked", "parallel")
         if self.kind != "shared rows":
             return ("token", "parallel")
         if self.transition == "dense" or self.drift == "dense" or self.evidence or self.shifted:
@@ -49,8 +51,21 @@ class Structure:
         return ("token", "chunked", "parallel")
 
     @property
+    def _superposes(self) -> bool:
+        """Whether evidence moves the mean of each entry by what does not depend on the memory."""
+        alone = self.kind in ("scalar", "diagonal") and not self.shifted
+        about_change = self.evidence == 1 and not self.evidence_sees_memory
+        return alone and about_change and self.observations == 0
+
+    @property
     def why_paths(self) -> str:
         """Why these paths and no others."""
+        if self._superposes:
+            return (
+                "evidence is about the change of each entry alone, so writes add up: where they "
+                "are the outer product of `value` and a key, matrix products within chunks of "
+                "tokens, which may be combined in parallel"
+            )
         if "chunked" in self.paths:
             return (
                 "rows share one covariance, and decay and drift act on keys one by one: matrix "

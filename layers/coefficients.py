@@ -37,6 +37,8 @@ class Coefficients(eqx.Module):
     value: Float[Array, "*time observation value"]
     query: Float[Array, "*time key"]
     output_noise: Float[Array, "*time"]
+    log_evidence: Float[Array, "*time"] | None = None
+    """Of what is seen of the change alone."""
 
 
 def coefficients(exact: ExactFilter, u: Mapping[str, Array]) -> Coefficients:
@@ -63,11 +65,7 @@ def coefficients(exact: ExactFilter, u: Mapping[str, Array]) -> Coefficients:
         unit = zero.at[place].set(1)
         keys.append(pull(unit)[0][rows[0]])
         noises.append(noise(returned, unit)[1][place])
-    read = affine_map(proof.readout, proof.memory, u)
-    draws = jnp.zeros(draws_size(proof.readout), float)
-    output, pull = jax.vjp(lambda state: read(state, draws)[0], state)
-    query = pull(jnp.zeros_like(output).at[0].set(1))[0][rows[0]]
-    of_draws = jax.vjp(lambda draws: read(state, draws)[0][0], draws)[1](jnp.ones(()))[0]
+    query, output_noise = first_output(exact, u, rows[0])
     return Coefficients(
         row[rows[0]],
         drift[rows[0]],
@@ -75,8 +73,21 @@ def coefficients(exact: ExactFilter, u: Mapping[str, Array]) -> Coefficients:
         jnp.stack(noises),
         observed_values(proof, u)[1][places].T,
         query,
-        jnp.sum(of_draws**2),
+        output_noise,
     )
+
+
+def first_output(
+    exact: ExactFilter, u: Mapping[str, Array], row: np.ndarray
+) -> tuple[Float[Array, " key"], Float[Array, ""]]:
+    """How the first output reads the entries of a row, and the variance of its own noise."""
+    read = affine_map(exact.proof.readout, exact.proof.memory, u)
+    state = jnp.zeros(exact.partition.states.size, float)
+    draws = jnp.zeros(draws_size(exact.proof.readout), float)
+    output, pull = jax.vjp(lambda state: read(state, draws)[0], state)
+    query = pull(jnp.zeros_like(output).at[0].set(1))[0][row]
+    of_draws = jax.vjp(lambda draws: read(state, draws)[0][0], draws)[1](jnp.ones(()))[0]
+    return query, jnp.sum(of_draws**2)
 
 
 def why_not(exact: ExactFilter) -> str:
@@ -100,11 +111,23 @@ def why_not(exact: ExactFilter) -> str:
         return "the noise of a token's observations is correlated"
     if not _same_steps(own, steps):
         return "coefficients read at one row are not those of all"
-    if not _same(found.matrix, _rows_read_alike(own.query, exact.partition.states[0])):
+    return reads_otherwise((found.matrix, found.shift, found.noise), own, exact.partition.states[0])
+
+
+def reads_otherwise(read: tuple[Any, Any, Any], own: Any, rows: np.ndarray) -> str:
+    """Why a read-out is not memory @ query; "" where it is.
+
+    Args:
+        read: its matrix, shift and noise at several tokens, as `reading` found them.
+        own: the query and the output noise that were found at them.
+        rows: places of the memory's rows.
+    """
+    matrix, shift, noise = read
+    if not same(matrix, _rows_read_alike(own.query, rows)):
         return "the read-out is not the memory times one query"
-    if np.any(np.abs(found.shift) > TOLERANCE):
+    if np.any(np.abs(shift) > TOLERANCE):
         return "the read-out adds a constant"
-    if not _same(found.noise, np.broadcast_to(own.output_noise[:, None], found.noise.shape)):
+    if not same(noise, np.broadcast_to(own.output_noise[:, None], noise.shape)):
         return "outputs have noises of their own"
     return ""
 
@@ -122,14 +145,17 @@ class _Found(NamedTuple):
 
 def _at_examples(exact: ExactFilter) -> _Found:
     def at(u):
-        return coefficients(exact, u), exact.coefficients(u), *_reading(exact, u)
+        return coefficients(exact, u), exact.coefficients(u), *reading(exact, u)
+
+    @jax.jit
+    def find(examples):
+        return *jax.vmap(at)(examples), exact.initial()
 
     with jax.enable_x64(True):
-        found = *jax.jit(jax.vmap(at))(dict(exact.examples)), exact.initial()
-        return _Found(*jax.tree.map(np.asarray, found))
+        return _Found(*jax.tree.map(np.asarray, find(dict(exact.examples))))
 
 
-def _same(first: np.ndarray, second: np.ndarray) -> bool:
+def same(first: np.ndarray, second: np.ndarray) -> bool:
     return first.shape == second.shape and np.allclose(
         first, second, rtol=TOLERANCE, atol=TOLERANCE
     )
@@ -148,14 +174,14 @@ def _same_steps(own, steps) -> bool:
         (own.key, given.observation[:, 0]),
         (_diagonal(own.noise), given.noise[:, 0]),
     )
-    return all(_same(first, second) for first, second in pairs)
+    return all(same(first, second) for first, second in pairs)
 
 
 def _diagonal(rates: np.ndarray) -> np.ndarray:
     return rates[..., None] * np.eye(rates.shape[-1])
 
 
-def _reading(exact: ExactFilter, u: Mapping[str, Array]):
+def reading(exact: ExactFilter, u: Mapping[str, Array]):
     """The read-out's matrix, shift and noise variances."""
     read = affine_map(exact.proof.readout, exact.proof.memory, u)
     state = jnp.zeros(exact.partition.states.size, float)

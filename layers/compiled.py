@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from design_models import DesignModel
 from design_models.policy import Exact, Forget, Policy
@@ -17,12 +17,14 @@ from inference.linear_gaussian import Belief as BlockBelief
 from inference.oracles import joint, nuts, simulation
 
 from .coefficients import TOLERANCE, coefficients, why_not
+from .entries import Entries, entry_scan
 from .general import general_scan
-from .memory import Inputs, Prediction, silent_at_padding, without_padding
-from .packing import at_padding, document_starts
+from .grid import cells, increments, not_cells, not_increments, prior_variances, rows_of
+from .memory import Prediction, silent_at_padding
+from .packing import at_padding, at_tokens, document_starts, without_padding
 from .precision import in_range
-from .rules import Diagonal, Isotropic, Reset
-from .scans import Algorithm, filter_scan
+from .rules import Additive, Diagonal, Isotropic, Reset
+from .scans import Algorithm, filter_scan, initial_belief
 from .stream import Belief, Stream
 
 _AT_ONCE = 128  # tokens whose coefficients are found together
@@ -33,7 +35,7 @@ def compile_filter(
     model: DesignModel | None = None,
     *,
     algorithm: Algorithm | None = None,
-) -> "RegressionMemory | GeneralMemory":
+) -> "KeyedMemory | CellMemory | GeneralMemory":
     """Compile a verified filter into a memory for one head.
 
     Args:
@@ -57,7 +59,14 @@ def compile_filter(
     policy = certificate.policy
     reason = why_not(exact) or _policy_needs_more(exact, policy)
     if not reason:
-        return _regression(exact, policy, algorithm)
+        return _keyed(exact, policy, algorithm)
+    superposes = exact.structure.kind != "shared rows" and "chunked" in exact.structure.paths
+    if superposes and isinstance(policy, Exact):
+        reason = not_increments(exact)
+        if not reason:
+            return KeyedMemory(exact, Additive(), algorithm or "chunked")
+    elif algorithm is None and isinstance(policy, Exact | Reset) and not not_cells(exact):
+        return CellMemory(exact, policy)
     if algorithm == "chunked":
         raise ValueError(f'`algorithm` is "chunked", which does not apply: {reason}.')
     if algorithm == "parallel" and not isinstance(policy, Exact):
@@ -84,17 +93,15 @@ def _verified(certificate: Certificate, model: DesignModel | None) -> ExactFilte
     return widen(certificate.exact_filter, model)
 
 
-def _regression(
-    exact: ExactFilter, policy: Policy, algorithm: Algorithm | None
-) -> "RegressionMemory":
+def _keyed(exact: ExactFilter, policy: Policy, algorithm: Algorithm | None) -> "KeyedMemory":
     structure = exact.structure
     moves = structure.transition != "identity" or structure.drift != "zero"
     if not (isinstance(policy, Forget) and moves):
-        return RegressionMemory(exact, policy, algorithm or "chunked")
+        return KeyedMemory(exact, policy, algorithm or "chunked")
     why = "the evidence of a memory that decays or drifts is forgotten token by token"
     if algorithm not in (None, "token"):
         raise ValueError(f"`algorithm` is {algorithm!r}, which does not apply: {why}.")
-    return RegressionMemory(exact, policy, "token", why)
+    return KeyedMemory(exact, policy, "token", why)
 
 
 def _policy_needs_more(exact: ExactFilter, policy: Policy) -> str:
@@ -107,33 +114,18 @@ def _policy_needs_more(exact: ExactFilter, policy: Policy) -> str:
     return ""
 
 
-def _at_tokens(exact: ExactFilter, u: Inputs, mask: Bool[Array, " time"] | None) -> Inputs:
-    """Inputs in the dtype of states; at padding an example, where the model has a density."""
-    wide = jnp.result_type(float)
-    u = {
-        name: array.astype(wide) if jnp.issubdtype(array.dtype, jnp.floating) else array
-        for name, array in u.items()
-    }
-    if mask is None:
-        return u
-    return {
-        name: at_padding(array, mask, np.asarray(exact.examples[name])[0].astype(array.dtype))
-        for name, array in u.items()
-    }
-
-
-class RegressionMemory(eqx.Module):
+class KeyedMemory(eqx.Module):
     """A memory whose rows share one covariance, and whose keys decay and drift one by one.
 
     Args:
         exact: the filter.
-        policy: what is done to its covariance.
+        rule: what is done to its covariance; `Additive` where values are added, not compared.
         algorithm: how sequences are computed.
         why: why they are not computed in chunks, where they cannot be.
     """
 
     exact: ExactFilter = eqx.field(static=True)
-    policy: Policy = eqx.field(static=True)
+    rule: Policy | Additive = eqx.field(static=True)
     algorithm: Algorithm = eqx.field(static=True)
     why: str = eqx.field(static=True, default="")
 
@@ -143,36 +135,33 @@ class RegressionMemory(eqx.Module):
 
     @property
     def value_width(self) -> int:
-        return self.exact.partition.rows
+        whole = self.exact.partition.states
+        return len(rows_of(self.exact)) if isinstance(self.rule, Additive) else whole.shape[1]
 
     def init_state(self) -> Belief:
-        """The prior, as the policy keeps it."""
-        covariance = self.exact.initial().covariance[0]
-        mean = jnp.zeros((self.value_width, len(covariance)), covariance.dtype)
-        match self.policy:
-            case Reset():
-                return Belief(mean, None)
-            case Diagonal():
-                return Belief(mean, jnp.diagonal(covariance))
-            case Isotropic():
-                return Belief(mean, jnp.mean(jnp.diagonal(covariance)))
-            case _:
-                return Belief(mean, covariance)
+        """The prior, as the rule keeps it."""
+        prior = self._prior()
+        return initial_belief(self.rule, self.value_width, len(prior), prior)
+
+    def _prior(self) -> Float[Array, " key"]:
+        """Variances of a row's entries, which are not correlated."""
+        if isinstance(self.rule, Additive):
+            return prior_variances(self.exact)[0]
+        return jnp.diagonal(self.exact.initial().covariance[0])
 
     def __call__(self, u, state, *, segment_ids=None, mask=None):
-        prior = self.exact.initial().covariance[0]
         starts = None if segment_ids is None else document_starts(segment_ids, mask)
-        return self._run(u, state, prior, starts, mask, self.algorithm)
+        return self._run(u, state, starts, mask, self.algorithm)
 
     def step(self, u, state):
         now = {name: array[None] for name, array in u.items()}
-        prior = self.exact.initial().covariance[0]
-        prediction, state = self._run(now, state, prior, None, None, "token")
+        prediction, state = self._run(now, state, None, None, "token")
         return jax.tree.map(lambda part: part[0], prediction), state
 
-    def _run(self, u, state, prior, starts, mask, algorithm) -> tuple[Prediction, Belief]:
-        u = _at_tokens(self.exact, u, mask)
-        find = jax.checkpoint(lambda u: coefficients(self.exact, u))
+    def _run(self, u, state, starts, mask, algorithm) -> tuple[Prediction, Belief]:
+        u, prior = at_tokens(u, self.exact.examples, mask), self._prior()
+        form = increments if isinstance(self.rule, Additive) else coefficients
+        find = jax.checkpoint(lambda u: form(self.exact, u))
         found = jax.lax.map(find, u, batch_size=_AT_ONCE)
         mirrored = found.decay < 0
         if mask is not None:
@@ -180,7 +169,7 @@ class RegressionMemory(eqx.Module):
         # A memory that is mirrored in some keys at every token is one that is read mirrored.
         mirror = jnp.cumprod(jnp.where(mirrored, -1.0, 1.0), axis=0)
         size = jnp.maximum(jnp.abs(found.decay), jnp.finfo(found.decay.dtype).tiny ** 0.5)
-        rate = u.get(self.policy.rate) if isinstance(self.policy, Forget) else None
+        rate = u.get(self.rule.rate) if isinstance(self.rule, Forget) else None
         stream = Stream(
             found.key * mirror[:, None],
             found.value,
@@ -199,17 +188,16 @@ class RegressionMemory(eqx.Module):
             )
         if mask is not None:
             stream = without_padding(stream, mask)
-        stream = _checked(stream, prior if isinstance(self.policy, Exact | Forget) else None)
-        variance = jnp.diagonal(prior)
-        state, reading = filter_scan(
-            stream, variance, self.policy, initial=state, algorithm=algorithm
-        )
+        if not isinstance(self.rule, Additive):  # whose noise only widens what is said
+            stream = _checked(stream, prior if isinstance(self.rule, Exact | Forget) else None)
+        state, reading = filter_scan(stream, prior, self.rule, initial=state, algorithm=algorithm)
         if self._moves != "identity" and len(mirror):
             state = _mirrored(state, mirror[-1])
         unsure = reading.variance + found.output_noise
-        prediction = Prediction(
-            reading.mean, unsure, unsure + found.noise[:, -1], reading.log_evidence
-        )
+        new, evidence = unsure + found.noise[:, -1], reading.log_evidence
+        if found.log_evidence is not None:
+            new, evidence = unsure, found.log_evidence
+        prediction = Prediction(reading.mean, unsure, new, evidence)
         return silent_at_padding(prediction, mask), state
 
     @property
@@ -217,11 +205,11 @@ class RegressionMemory(eqx.Module):
         return self.exact.structure.transition
 
 
-def _checked(stream: Stream, prior: Float[Array, "key key"] | None) -> Stream:
+def _checked(stream: Stream, prior: Float[Array, " key"] | None) -> Stream:
     """Refuse noise that is not positive, or too small for a float32 covariance."""
     noise = eqx.error_if(stream.noise, stream.noise <= 0, "the model's noise is not positive")
     if prior is not None:
-        largest = jnp.max(jnp.diagonal(prior))
+        largest = jnp.max(prior)
         noise = in_range(noise, largest * jnp.sum(stream.key**2, axis=-1))
     return replace(stream, noise=noise)
 
@@ -231,6 +219,51 @@ def _mirrored(state: Belief, mirror: Float[Array, " key"]) -> Belief:
     if covariance is not None and covariance.ndim == 2:
         covariance = mirror[:, None] * covariance * mirror
     return Belief(state.mean * mirror, covariance)
+
+
+class CellMemory(eqx.Module):
+    """A memory every entry of which is filtered by itself, elementwise in blocks of tokens.
+
+    What a new value's noise is, is not known of a row: `value_variance` is `variance`.
+
+    Args:
+        exact: the filter.
+        rule: what is done to its variances.
+    """
+
+    exact: ExactFilter = eqx.field(static=True)
+    rule: Exact | Reset = eqx.field(static=True)
+    why: str = eqx.field(static=True, default="")
+
+    @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        return {name: array.shape[1:] for name, array in self.exact.examples.items()}
+
+    @property
+    def value_width(self) -> int:
+        return len(rows_of(self.exact))
+
+    def init_state(self) -> Belief:
+        prior = prior_variances(self.exact)
+        return Belief(jnp.zeros_like(prior), None if isinstance(self.rule, Reset) else prior)
+
+    def __call__(self, u, state, *, segment_ids=None, mask=None):
+        u = at_tokens(u, self.exact.examples, mask)
+        find = jax.checkpoint(lambda u: cells(self.exact, u))
+        found = jax.lax.map(find, u, batch_size=_AT_ONCE)
+        starts = None if segment_ids is None else document_starts(segment_ids, mask)
+        entries = Entries(
+            found.key, found.value, found.query, found.noise, found.decay, found.drift, starts
+        )
+        prior = prior_variances(self.exact)
+        prediction, state = entry_scan(entries, state, prior, self.rule, mask)
+        unsure = prediction.variance + found.output_noise[:, None]
+        prediction = Prediction(prediction.mean, unsure, unsure, prediction.log_evidence)
+        return silent_at_padding(prediction, mask), state
+
+    def step(self, u, state):
+        prediction, state = self({name: array[None] for name, array in u.items()}, state)
+        return jax.tree.map(lambda part: part[0], prediction), state
 
 
 class GeneralMemory(eqx.Module):
@@ -265,14 +298,14 @@ class GeneralMemory(eqx.Module):
 
     def __call__(self, u, state, *, segment_ids=None, mask=None):
         starts = None if segment_ids is None else document_starts(segment_ids, mask)
-        u = _at_tokens(self.exact, u, mask)
+        u = at_tokens(u, self.exact.examples, mask)
         state, reads, evidence = general_scan(
             self.exact, self.policy, u, state, starts, mask, self.algorithm
         )
         return Prediction(reads.mean, reads.variance, reads.variance, evidence), state
 
     def step(self, u, state):
-        now = _at_tokens(self.exact, {name: array[None] for name, array in u.items()}, None)
+        now = at_tokens({name: array[None] for name, array in u.items()}, self.exact.examples, None)
         state, reads, evidence = general_scan(
             self.exact, self.policy, now, state, None, None, "token"
         )

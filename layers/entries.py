@@ -17,8 +17,8 @@ from jaxtyping import Array, Bool, Float
 from .additive import chunk_states
 from .chunks import cut, join
 from .memory import Prediction, silent_at_padding
-from .packing import at_padding, document_starts
-from .precision import state_dtype
+from .packing import at_padding, document_starts, without_padding
+from .precision import cast, state_dtype
 from .rules import Exact, Reset
 from .stream import Belief
 from .variances import moebius_scan
@@ -27,15 +27,25 @@ _TOGETHER = 64
 
 
 class Entries(eqx.Module):
-    """What every entry of a memory goes through: (time, value, key), or broadcast to it."""
+    """What every entry of a memory goes through: (time, value, key), or broadcast to it.
 
-    key: Float[Array, "time key"]
-    value: Float[Array, "time value"]
-    query: Float[Array, "time key"]
-    noise: Float[Array, "time value"]
-    log_decay: Float[Array, "time value key"] | None
-    drift: Float[Array, "time value key"] | None
-    starts: Bool[Array, " time"] | None
+    Args:
+        key: what the entry is multiplied by.
+        value: what it is seen as.
+        query: what it is read by.
+        noise: of its value.
+        decay: of the entry; None where nothing decays.
+        drift: alike.
+        starts: where documents start.
+    """
+
+    key: Float[Array, "*blocks time #value key"]
+    value: Float[Array, "*blocks time value #key"]
+    query: Float[Array, "*blocks time key"]
+    noise: Float[Array, "*blocks time value #key"]
+    decay: Float[Array, "*blocks time value key"] | None
+    drift: Float[Array, "*blocks time value key"] | None
+    starts: Bool[Array, "*blocks time"] | None
 
 
 class EntryMemory(eqx.Module):
@@ -66,91 +76,103 @@ class EntryMemory(eqx.Module):
 
     def __call__(self, u, state, *, segment_ids=None, mask=None):
         starts = None if segment_ids is None else document_starts(segment_ids, mask)
+        u = cast(dict(u), state_dtype(u["key"], state.mean))
+        own, decay = u["noise"], u.get("log_decay")
+        noise = own[:, :, None]
+        if isinstance(self.rule, Reset):
+            squares = u["key"] ** 2
+            others = jnp.sum(squares, axis=-1, keepdims=True) - squares
+            noise = noise + self.rule.variance * others[:, None]
         entries = Entries(
-            u["key"],
-            u["value"],
+            u["key"][:, None],
+            u["value"][:, :, None],
             u["query"],
-            u["noise"],
-            u.get("log_decay"),
+            noise,
+            None if decay is None else jnp.exp(decay),
             u.get("drift"),
             starts,
         )
-        dtype = state_dtype(u["key"], state.mean)
-        entries = jax.tree.map(
-            lambda part: part if part.dtype == bool else part.astype(dtype), entries
-        )
-        if mask is not None:
-            entries = _without_padding(entries, mask)
-        time = u["query"].shape[0]
-        if time == 0:
-            empty = jnp.zeros((0, self.value_width))
-            return Prediction(empty, empty, empty, jnp.zeros(0)), state
-        blocks = jax.tree.map(lambda array: cut(array, _TOGETHER), entries)
-        padded = cut(entries.noise, _TOGETHER, 1)
-        blocks = eqx.tree_at(lambda blocks: blocks.noise, blocks, padded)
-
-        @jax.checkpoint
-        def body(belief, block):
-            return self._block(belief, block)
-
-        state, prediction = jax.lax.scan(body, state, blocks)
-        prediction = jax.tree.map(lambda part: join(part, time), prediction)
-        return silent_at_padding(prediction, mask), state
+        prediction, state = entry_scan(entries, state, self.prior_variance, self.rule, mask)
+        value_variance = prediction.variance + (own if mask is None else at_padding(own, mask, 0))
+        return replace(prediction, value_variance=value_variance), state
 
     def step(self, u, state):
         prediction, state = self({name: array[None] for name, array in u.items()}, state)
         return jax.tree.map(lambda part: part[0], prediction), state
 
-    def _block(self, belief: Belief, block: Entries) -> tuple[Belief, Prediction]:
-        time = block.key.shape[0]
-        shape = (time, self.value_width, self.key_width)
-        key = jnp.broadcast_to(block.key[:, None], shape).reshape(time, -1)
-        noise = jnp.broadcast_to(block.noise[:, :, None], shape)
-        value = jnp.broadcast_to(block.value[:, :, None], shape).reshape(time, -1)
-        zero = jnp.zeros(shape)
-        decay = jnp.exp(zero if block.log_decay is None else block.log_decay).reshape(time, -1)
-        if isinstance(self.rule, Reset):
-            others = jnp.sum(block.key**2, axis=-1, keepdims=True) - block.key**2
-            noise = (noise + self.rule.variance * others[:, None]).reshape(time, -1)
-            before = jnp.full(noise.shape, self.rule.variance)
-            after = before * noise / (noise + key**2 * before)
-        else:
-            noise = noise.reshape(time, -1)
-            drift = (zero if block.drift is None else block.drift).reshape(time, -1)
-            assert belief.covariance is not None
-            flat = Belief(belief.mean, belief.covariance.ravel())
-            prior = Belief(belief.mean, jnp.asarray(self.prior_variance))
-            before, after = moebius_scan(decay**2, drift, key**2 / noise, block.starts, flat, prior)
-        innovation_variance = key**2 * before + noise
-        gain = before * key / innovation_variance
-        kept = decay * (1 - gain * key)
-        if block.starts is not None:
-            kept = jnp.where(block.starts[:, None], 0, kept)
-        written = gain * value
-        _, means = chunk_states(belief.mean.ravel(), kept, written, "parallel")
-        carried = means * decay
-        if block.starts is not None:
-            carried = jnp.where(block.starts[:, None], 0, carried)
-        innovation = value - key * carried
-        evidence = -0.5 * jnp.sum(
-            innovation**2 / innovation_variance + jnp.log(2 * jnp.pi * innovation_variance), axis=-1
-        )
-        mean = (kept * means + written).reshape(shape)
-        variance = after.reshape(shape)
-        read = jnp.sum(mean * block.query[:, None], axis=-1)
-        unsure = jnp.sum(variance * block.query[:, None] ** 2, axis=-1)
-        prediction = Prediction(read, unsure, unsure + block.noise, evidence)
-        kept = None if isinstance(self.rule, Reset) else variance[-1]
-        return Belief(mean[-1], kept), prediction
+
+def entry_scan(
+    entries: Entries,
+    state: Belief,
+    prior_variance: Float[Array, "value key"] | float,
+    rule: Exact | Reset,
+    mask: Bool[Array, " time"] | None = None,
+) -> tuple[Prediction, Belief]:
+    """Predictions of every token, of which `value_variance` is `variance`, and the last belief.
+
+    Args:
+        entries: what they go through.
+        state: mean and variances (value, key); no variances under `Reset`.
+        prior_variance: of every entry, where documents start.
+        rule: what is done to the variances.
+        mask: False at padding.
+    """
+    if mask is not None:
+        entries = replace(without_padding(entries, mask), decay=at_padding(entries.decay, mask, 1))
+    time = entries.query.shape[0]
+    if time == 0:
+        empty = jnp.zeros((0, state.mean.shape[0]), state.mean.dtype)
+        return Prediction(empty, empty, empty, empty.sum(axis=1)), state
+    blocks = jax.tree.map(lambda array: cut(array, _TOGETHER), entries)
+    blocks = replace(blocks, noise=cut(entries.noise, _TOGETHER, 1))
+    if entries.decay is not None:
+        blocks = replace(blocks, decay=cut(entries.decay, _TOGETHER, 1))
+
+    @jax.checkpoint
+    def body(belief, block):
+        return _through_block(belief, block, prior_variance, rule)
+
+    state, prediction = jax.lax.scan(body, state, blocks)
+    prediction = jax.tree.map(lambda part: join(part, time), prediction)
+    return silent_at_padding(prediction, mask), state
 
 
-def _without_padding(entries: Entries, mask: Bool[Array, " time"]) -> Entries:
-    return replace(
-        entries,
-        key=at_padding(entries.key, mask, 0),
-        value=at_padding(entries.value, mask, 0),
-        query=at_padding(entries.query, mask, 0),
-        noise=at_padding(entries.noise, mask, 1),
-        log_decay=at_padding(entries.log_decay, mask, 0),
-        drift=at_padding(entries.drift, mask, 0),
+def _through_block(
+    belief: Belief, block: Entries, prior_variance: Float[Array, "value key"] | float, rule
+) -> tuple[Belief, Prediction]:
+    time, shape = len(block.query), belief.mean.shape
+
+    def flat(part):
+        return jnp.broadcast_to(part, (time, *shape)).reshape(time, -1)
+
+    key, value, noise = flat(block.key), flat(block.value), flat(block.noise)
+    decay = flat(1.0 if block.decay is None else block.decay)
+    if isinstance(rule, Reset):
+        before = jnp.full(noise.shape, rule.variance)
+        after = before * noise / (noise + key**2 * before)
+    else:
+        drift = flat(0.0 if block.drift is None else block.drift)
+        assert belief.covariance is not None
+        start = Belief(belief.mean, belief.covariance.ravel())
+        prior = Belief(belief.mean, jnp.broadcast_to(prior_variance, shape).ravel())
+        before, after = moebius_scan(decay**2, drift, key**2 / noise, block.starts, start, prior)
+    innovation_variance = key**2 * before + noise
+    gain = before * key / innovation_variance
+    kept = decay * (1 - gain * key)
+    if block.starts is not None:
+        kept = jnp.where(block.starts[:, None], 0, kept)
+    written = gain * value
+    _, means = chunk_states(belief.mean.ravel(), kept, written, "parallel")
+    carried = means * decay
+    if block.starts is not None:
+        carried = jnp.where(block.starts[:, None], 0, carried)
+    innovation = value - key * carried
+    evidence = -0.5 * jnp.sum(
+        innovation**2 / innovation_variance + jnp.log(2 * jnp.pi * innovation_variance), axis=-1
     )
+    mean = (kept * means + written).reshape(time, *shape)
+    variance = after.reshape(time, *shape)
+    read = jnp.sum(mean * block.query[:, None], axis=-1)
+    unsure = jnp.sum(variance * block.query[:, None] ** 2, axis=-1)
+    last = None if isinstance(rule, Reset) else variance[-1]
+    return Belief(mean[-1], last), Prediction(read, unsure, unsure, evidence)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from .packing import at_padding, document_starts
+from .packing import at_padding, document_starts, without_padding
 from .precision import MeanDtype
 from .rules import Exact, Forget, Restored, Rule
 from .scans import Algorithm, filter_scan, initial_belief
@@ -152,17 +152,6 @@ class StreamMemory(eqx.Module):
             )
         stream = Stream(u["key"], value, u["query"], noise, log_decay, drift, rate=rate)
         return stream, u.get("restoration")
-
-
-def without_padding(stream: Stream, mask: Bool[Array, " time"]) -> Stream:
-    """Let padding write nothing and take no time."""
-    fillers = {"noise": 1, "rate": 1} | dict.fromkeys(
-        ("key", "value", "query", "log_decay", "drift"), 0
-    )
-    filled = {
-        name: at_padding(getattr(stream, name), mask, filler) for name, filler in fillers.items()
-    }
-    return replace(stream, **filled)
 
 
 def silent_at_padding(prediction: Prediction, mask: Bool[Array, " time"] | None) -> Prediction:

@@ -1,10 +1,15 @@
 """Packed documents and padding: where documents start, and what stands in for what is not there."""
 
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from typing import overload
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
+
+from .precision import cast
 
 
 def document_starts(
@@ -33,3 +38,29 @@ def at_padding(array, mask, filler):
     if array is None:
         return None
     return jnp.where(mask.reshape(-1, *[1] * (array.ndim - 1)), array, filler)
+
+
+_FILLERS = {"noise": 1, "rate": 1}
+
+
+def without_padding[Tokens: eqx.Module](tokens: Tokens, mask: Bool[Array, " time"]) -> Tokens:
+    """Let padding write nothing and take no time: 0 in every field, 1 in a noise or a rate."""
+    filled = {
+        field.name: at_padding(getattr(tokens, field.name), mask, _FILLERS.get(field.name, 0))
+        for field in fields(tokens)
+        if field.name != "starts"
+    }
+    return replace(tokens, **filled)
+
+
+def at_tokens(
+    u: Mapping[str, Array], examples: Mapping[str, Array], mask: Bool[Array, " time"] | None
+) -> Mapping[str, Array]:
+    """A model's inputs in the dtype of states; at padding an example, where it has a density."""
+    wide = cast(dict(u), jnp.result_type(float))
+    if mask is None:
+        return wide
+    return {
+        name: at_padding(array, mask, jnp.asarray(examples[name])[0].astype(array.dtype))
+        for name, array in wide.items()
+    }

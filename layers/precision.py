@@ -11,15 +11,16 @@
 
 Range: prior variance over noise, times the squared norm of keys, up to `LARGEST_RATIO`. There, over
 16,384 tokens whose keys have cosine .9, float32 in chunks is within 1e-4 of float64 (worst seen
-5e-5, as token by token), and covariances stay definite. Parallel in time read-outs are within 3e-4.
-Beyond it the error grows as the root of the ratio, and in chunks covariances are still definite at
-a ratio of 1e5 (tests/test_precision.py). Drift may raise a variance above the prior's by as much as
-it likes: it then covers what is rounded.
+5.3e-5, as token by token), and covariances stay definite. Parallel in time read-outs are within
+3e-4. Beyond it the error grows as the root of the ratio, and in chunks covariances are still
+definite at a ratio of 1e5 (tests/test_precision.py). Drift may raise a variance above the prior's
+by as much as it likes: it then covers what is rounded.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -32,6 +33,15 @@ LARGEST_RATIO = 1e4
 def state_dtype(*arrays: Array | float):
     """float64 where an array is, else float32."""
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+    """Floating-point arrays in a dtype; other leaves as they are."""
+
+    def of_leaf(leaf):
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(of_leaf, tree)
 
 
 def in_range(noise: Array, variance: Array) -> Array:

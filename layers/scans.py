@@ -12,7 +12,7 @@ from .chunks import chunk_length, cut, join
 from .covariance import Uncertainty, covariance_scan
 from .delta import Writes, delta_scan
 from .kernels import Backend, chosen, device_refusal, kernel_scan, refusal
-from .precision import MeanDtype, state_dtype
+from .precision import MeanDtype, cast, state_dtype
 from .rules import Additive, Diagonal, Exact, Forget, Isotropic, Reset, Restored, Rule
 from .stream import Belief, Reading, Stream, by_token, one_by_one, per_key
 from .token import log_density, token_scan
@@ -93,7 +93,7 @@ def filter_scan(
         if restoration.ndim == 1:
             restoration = jnp.repeat(restoration, count)
         rule = Restored(restoration, variance)
-    stream, start, prior = (_cast(tree, state) for tree in (one_by_one(stream), start, prior))
+    stream, start, prior = (cast(tree, state) for tree in (one_by_one(stream), start, prior))
     if algorithm == "token" or stream.length == 0:
         last, reading = token_scan(stream, start, prior, rule)
     else:
@@ -119,13 +119,6 @@ def check_widths(stream: Stream, initial: Belief) -> None:
 def _floats(*trees) -> list[Array]:
     leaves = jax.tree.leaves(trees)
     return [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
-
-
-def _cast(tree, dtype):
-    def cast(leaf):
-        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-
-    return jax.tree.map(cast, tree)
 
 
 def _in_chunks(

@@ -1,7 +1,7 @@
 """Compiled filters are the exact ones they were compiled from, or are refused with a reason."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import equinox as eqx
 import jax
@@ -13,21 +13,24 @@ import numpyro.distributions as dist
 import pytest
 
 from design_models import CATALOGUE, DesignModel, Diagonal, Exact, Forget, Isotropic
-from inference import derive
 from inference.certificate import Certificate
 from inference.derivation import draft
 from inference.kinship import Kinship
 from inference.oracles import joint, nuts, simulation
 from inference.oracles.check import Check
 from layers import compile_filter
-from layers.coefficients import why_not
-from layers.compiled import GeneralMemory, RegressionMemory
+from layers.compiled import CellMemory, GeneralMemory, KeyedMemory
+from layers.rules import Additive
 
-STEPS = 9
+pytestmark = pytest.mark.xdist_group("compiled")
+
+STEPS = 6
 CHUNKS = 70
 """More than one chunk."""
 
 TOLERANCE = 1e-10
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Compiling is most of the time here."""
 
 
 @pytest.fixture(autouse=True)
@@ -53,10 +56,16 @@ def certify(exact, policy=EXACT):
 
 
 @cache
-def derived(name):
-    """The filter of a catalogue entry or of a model below, and why it is not a fast one."""
-    exact = derive(CATALOGUE[name].model() if name in CATALOGUE else OUTSIDE[name][0])
-    return exact, why_not(exact)
+def drafted(name):
+    """The filter of a catalogue entry or of a model below."""
+    return draft(CATALOGUE[name].model() if name in CATALOGUE else OUTSIDE[name][0])
+
+
+@cache
+def compiled(name):
+    """A catalogue entry's memory under its own policy, or that of a model below."""
+    policy = CATALOGUE[name].policy if name in CATALOGUE else EXACT
+    return compile_filter(certify(drafted(name), policy))
 
 
 def decode(memory, u):
@@ -64,61 +73,105 @@ def decode(memory, u):
     return jax.lax.scan(lambda s, u: memory.step(u, s)[::-1], memory.init_state(), u)[1]
 
 
-def assert_is(prediction, filtered):
-    """A prediction is what the exact filter says."""
+def said(prediction):
+    """What a prediction says: its mean, variances by entry, log evidence."""
     variance = prediction.variance
     if variance.ndim == 1:
-        variance = jnp.broadcast_to(variance[:, None], filtered.output_variances.shape)
-    for ours, theirs in (
-        (prediction.mean, filtered.outputs),
-        (variance, filtered.output_variances),
-        (prediction.log_evidence, filtered.log_evidence),
-    ):
-        np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
+        variance = jnp.broadcast_to(variance[:, None], prediction.mean.shape)
+    return prediction.mean, variance, prediction.log_evidence
 
 
-def assert_compile_to(exact, policy, u, *compiled):
-    """These memories, and the first one step by step, are the filter."""
+def filtered(exact, policy, u):
+    """The same of the exact filter."""
+    found = exact.run(u, policy=policy)
+    return found.outputs, found.output_variances, found.log_evidence
 
-    @jax.jit
+
+def weigh(outputs):
+    """One number that every entry of every output moves in its own way."""
+    weights = [np.random.default_rng(i).normal(size=part.shape) for i, part in enumerate(outputs)]
+    return sum(jnp.sum(part * own) for part, own in zip(outputs, weights, strict=True))
+
+
+def assert_same(ours, theirs, tolerance=TOLERANCE):
+    for own, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(own, other, rtol=tolerance, atol=tolerance)
+
+
+def assert_compile_to(exact, policy, u, *compiled, gradients=False):
+    """These memories, and the first one step by step, are the filter: all in one program."""
+    forms = [lambda u: filtered(exact, policy, u)]
+    forms += [lambda u, m=m: said(m(u, m.init_state())[0]) for m in compiled]
+
+    def both(form):
+        def objective(u):
+            outputs = form(u)
+            return weigh(outputs), outputs
+
+        return jax.grad(objective, has_aux=True) if gradients else lambda u: ((), form(u))
+
+    @partial(jax.jit, compiler_options=FAST)
     def everything(u):
-        runs = [memory(u, memory.init_state())[0] for memory in compiled]
-        return exact.run(u, policy=policy), runs, [decode(compiled[0], u)]
+        return said(decode(compiled[0], u)), [both(form)(u) for form in forms]
 
-    filtered, runs, decoded = everything(u)
-    for prediction in runs + decoded:
-        assert_is(prediction, filtered)
+    decoded, (expected, *found) = everything(u)
+    assert_same(decoded, expected[1])
+    for slopes, outputs in found:
+        assert_same(outputs, expected[1])
+        assert_same(slopes, expected[0], 1e-8)
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
+ALGORITHMS = ("token", "chunked", "parallel")
+GENERAL = {
+    "bayesian_layer": ("token",),
+    "deltaproduct": ("token",),
+    "mesanet": ("token",),
+    "kalman_delta_diagonal": ("token",),
+    "gla": ("parallel",),
+    "kalman_linear_attention": ("parallel",),
+}
+"""Recurrences that also run in the general form here."""
+
+RULES = {
+    "bayesian_layer": KeyedMemory,
+    "deltaproduct": KeyedMemory,
+    "mesanet": KeyedMemory,
+    "kalman_delta_isotropic": KeyedMemory,
+    "kalman_delta_diagonal": KeyedMemory,
+    "gla": KeyedMemory,
+    "kalman_linear_attention": CellMemory,
+    "longhorn": CellMemory,
+}
+"""A recurrence of every rule, and the form it takes."""
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_form_of_every_rule_is_its_filter_with_its_gradients(name):
+    exact, policy, memory = drafted(name), CATALOGUE[name].policy, compiled(name)
+    assert isinstance(memory, RULES[name])
+    forms = [memory]
+    if isinstance(memory, KeyedMemory):
+        others = [a for a in ALGORITHMS if a != memory.algorithm]
+        forms += [KeyedMemory(exact, memory.rule, algorithm) for algorithm in others]
+    forms += [GeneralMemory(exact, policy, algorithm, "") for algorithm in GENERAL.get(name, ())]
+    u = CATALOGUE[name].model().draw_inputs(jax.random.key(1), STEPS)
+    assert_compile_to(exact, policy, u, *forms, gradients=True)
+
+
+@pytest.mark.parametrize("name", sorted(set(CATALOGUE) - set(RULES)))
 def test_a_compiled_recurrence_is_its_filter(name):
-    entry = CATALOGUE[name]
-    exact, why = derived(name)
-    assert bool(why) == (exact.structure.kind != "shared rows")
-    compiled = [compile_filter(certify(exact, entry.policy))]
-    assert isinstance(compiled[0], GeneralMemory if why else RegressionMemory)
-    if name in ("gla", "kalman_linear_attention"):
-        compiled.append(GeneralMemory(exact, entry.policy, "parallel", why))
-    if name in ("deltaproduct", "mesanet"):
-        compiled.append(RegressionMemory(exact, entry.policy, "parallel"))
-    u = entry.model().draw_inputs(jax.random.key(1), STEPS)
-    assert_compile_to(exact, entry.policy, u, *compiled)
+    memory = compiled(name)
+    assert isinstance(memory, KeyedMemory)
+    assert (memory.algorithm, memory.why) == ("chunked", "")
+    u = CATALOGUE[name].model().draw_inputs(jax.random.key(1), STEPS)
+    assert_compile_to(drafted(name), CATALOGUE[name].policy, u, memory)
 
 
-def test_every_form_of_the_bayesian_layer_is_its_filter():
-    exact, _ = derived("bayesian_layer")
-    fast = [RegressionMemory(exact, Exact(), a) for a in ("token", "chunked", "parallel")]
+def test_chunks_of_the_bayesian_layer_are_its_filter():
+    exact = drafted("bayesian_layer")
     u = exact.model.draw_inputs(jax.random.key(1), CHUNKS)
-    assert_compile_to(exact, Exact(), u, *fast)
-    general = [GeneralMemory(exact, Exact(), a, "") for a in ("token", "parallel")]
-    assert_compile_to(exact, Exact(), {name: part[:STEPS] for name, part in u.items()}, *general)
-
-
-@pytest.mark.parametrize("name", ["deltaproduct", "mesanet", "kalman_delta_diagonal"])
-def test_the_general_form_follows_every_policy(name):
-    exact, policy = derived(name)[0], CATALOGUE[name].policy
-    u = exact.model.draw_inputs(jax.random.key(1), STEPS)
-    assert_compile_to(exact, policy, u, GeneralMemory(exact, policy, "token", ""))
+    forms = [KeyedMemory(exact, EXACT, algorithm) for algorithm in ("chunked", "parallel")]
+    assert_compile_to(exact, EXACT, u, *forms)
 
 
 # -- models outside the catalogue -----------------------------------------------------------------
@@ -174,6 +227,18 @@ def observe_together(memory, u):
     numpyro.sample("values", law, obs=jnp.stack([u["value"], -u["value"]], axis=-1))
 
 
+def write_shifted(memory, u):
+    """Evidence about what is added that is no outer product."""
+    write = numpyro.sample("write", dist.Normal(jnp.zeros((3, 2)), 0.5).to_event(2))
+    seen = jnp.outer(u["value"], u["key"]) + 1
+    numpyro.sample("evidence", dist.Normal(write, 0.7).to_event(2), obs=seen)
+    return 0.9 * memory + write
+
+
+def see_nothing(memory, u):
+    """All the evidence is about what is added."""
+
+
 OUTSIDE = {
     "rotation": (DesignModel(prior, rotate, observe), "keys are mixed"),
     "noisy read-out": (DesignModel(prior, transition, observe, read_noisily), ""),
@@ -181,28 +246,28 @@ OUTSIDE = {
     "correlated prior": (DesignModel(correlated_prior, transition, observe), "correlated in the"),
     "uneven prior": (DesignModel(uneven_prior, transition, observe), ""),
     "correlated noise": (DesignModel(prior, transition, observe_together), "noise of a token's"),
+    "shifted writes": (DesignModel(prior, write_shifted, see_nothing), "no outer product"),
 }
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_a_compiled_model_outside_the_catalogue_is_its_filter(name):
     model, reason = OUTSIDE[name]
-    exact, _ = derived(name)
-    memory = compile_filter(certify(exact))
-    assert isinstance(memory, GeneralMemory if reason else RegressionMemory)
+    exact, memory = drafted(name), compiled(name)
+    assert isinstance(memory, GeneralMemory if reason else KeyedMemory)
     assert reason in memory.why
     assert memory.algorithm == ("token" if reason else "chunked")
     assert memory.value_width == (6 if name == "two queries" else 3)
     u = model.draw_inputs(jax.random.key(2), STEPS)
-    compiled = [memory]
+    forms = [memory]
     if name == "rotation":
-        compiled.append(compile_filter(certify(exact), algorithm="parallel"))
-    assert_compile_to(exact, Exact(), u, *compiled)
+        forms.append(compile_filter(certify(exact), algorithm="parallel"))
+    assert_compile_to(exact, EXACT, u, *forms, gradients=name == "rotation")
 
 
 @pytest.mark.parametrize("policy", [Isotropic(), Diagonal(), Forget()])
 def test_a_policy_keeps_an_uneven_prior(policy):
-    exact, _ = derived("uneven prior")
+    exact = drafted("uneven prior")
     memory = compile_filter(certify(exact, policy))
     if isinstance(policy, Forget):
         assert memory.why.endswith("is forgotten token by token")
@@ -212,23 +277,25 @@ def test_a_policy_keeps_an_uneven_prior(policy):
     u = exact.model.draw_inputs(jax.random.key(2), STEPS)
     u["forget"] = jax.random.uniform(jax.random.key(3), (STEPS,), minval=0.8)
     u["decay"] = jax.random.uniform(jax.random.key(4), (STEPS, KEY_WIDTH), minval=0.5)
-    prediction = jax.jit(lambda u: memory(u, memory.init_state())[0])(u)
-    assert_is(prediction, jax.jit(lambda u: exact.run(u, policy=policy))(u))
+    assert_compile_to(exact, policy, u, memory)
 
 
 def test_a_policy_takes_two_observations_in_the_general_form():
-    exact, _ = derived("deltaproduct")
+    exact = drafted("deltaproduct")
     assert "several observations" in compile_filter(certify(exact, Diagonal())).why
 
 
-def test_decays_of_either_sign_are_followed():
-    exact, _ = derived("kda")
+@pytest.mark.parametrize("name", ["kda", "gla"])
+def test_decays_of_either_sign_are_followed(name):
+    exact = drafted(name)
     u = exact.model.draw_inputs(jax.random.key(5), STEPS)
     signs = jax.random.rademacher(jax.random.key(6), u["decay"].shape, float)
     signs = signs.at[:3].set([[0, 1], [1, 1], [-1, 0]])
     u["decay"] = u["decay"] * signs
-    for policy, algorithm in ((Exact(), "chunked"), (Diagonal(), "parallel")):
-        assert_compile_to(exact, policy, u, RegressionMemory(exact, policy, algorithm))
+    rules = ((EXACT, "chunked"), (Diagonal(), "parallel"))
+    for rule, algorithm in ((Additive(), "chunked"),) if name == "gla" else rules:
+        policy = EXACT if name == "gla" else rule
+        assert_compile_to(exact, policy, u, KeyedMemory(exact, rule, algorithm))
 
 
 # -- packed documents and padding -----------------------------------------------------------------
@@ -239,19 +306,22 @@ REAL = [range(2, 6), range(6, 10), range(12, 16)]
 SEGMENTS = jnp.asarray(np.repeat([7, 4, 9, 4, 4], [2, 4, 4, 2, 5]))
 
 
-@pytest.mark.parametrize(
-    ("name", "algorithm", "general"),
-    [
-        ("bayesian_layer", "chunked", False),
-        ("bayesian_layer", "token", True),
-        ("kda", "token", False),
-        ("gla", "parallel", True),
-    ],
-)
-def test_packed_documents_are_filtered_as_if_alone(name, algorithm, general):
-    entry = CATALOGUE[name]
-    exact, policy = derived(name)[0], entry.policy
-    u = entry.model().draw_inputs(jax.random.key(7), len(SEGMENTS))
+DOCUMENTS = {
+    "in chunks": ("bayesian_layer", lambda exact: KeyedMemory(exact, EXACT, "chunked")),
+    "by token": ("kda", lambda exact: KeyedMemory(exact, CATALOGUE["kda"].policy, "token")),
+    "added": ("gla", lambda exact: KeyedMemory(exact, Additive(), "chunked")),
+    "by entry": ("kalman_linear_attention", lambda exact: CellMemory(exact, EXACT)),
+    "in general": ("bayesian_layer", lambda exact: GeneralMemory(exact, EXACT, "token", "")),
+    "in general in parallel": ("gla", lambda exact: GeneralMemory(exact, EXACT, "parallel", "")),
+}
+
+
+@pytest.mark.parametrize("form", DOCUMENTS)
+def test_packed_documents_are_filtered_as_if_alone(form):
+    name, make = DOCUMENTS[form]
+    exact, policy = drafted(name), CATALOGUE[name].policy
+    memory = make(exact)
+    u = CATALOGUE[name].model().draw_inputs(jax.random.key(7), len(SEGMENTS))
     if name == "kda":
         u["decay"] = u["decay"].at[::3].multiply(-1)
     places = jnp.asarray(np.stack(REAL))
@@ -260,46 +330,37 @@ def test_packed_documents_are_filtered_as_if_alone(name, algorithm, general):
         key: jnp.where(mask.reshape(-1, *[1] * (array.ndim - 1)), array, -jnp.inf)
         for key, array in u.items()
     }
-    memory = (
-        GeneralMemory(exact, policy, algorithm, "")
-        if general
-        else RegressionMemory(exact, policy, algorithm)
-    )
 
     def packed(u):
-        return memory(u, memory.init_state(), segment_ids=SEGMENTS, mask=mask)
+        prediction, state = memory(u, memory.init_state(), segment_ids=SEGMENTS, mask=mask)
+        return weigh([part[places] for part in said(prediction)]), (prediction, state)
 
-    def alone(u):
-        return memory(u, memory.init_state())[1]
+    def everything(u, spoilt):
+        documents = {key: array[places] for key, array in u.items()}
+        alone = jax.vmap(lambda u: filtered(exact, policy, u))(documents)
+        last = memory({key: array[2] for key, array in documents.items()}, memory.init_state())[1]
+        if form in ("by token", "in general"):
+            return ({}, packed(spoilt)[1]), alone, last
+        return jax.grad(packed, has_aux=True)(spoilt), alone, last
 
-    documents = {key: array[places] for key, array in u.items()}
-    filtered = jax.jit(jax.vmap(lambda u: exact.run(u, policy=policy)))(documents)
-    prediction, state = jax.jit(packed)(spoilt)
-    together = jax.tree.map(lambda part: part[places], prediction)
-    for i in range(len(REAL)):
-        pick = jax.tree.map(lambda part: part[i], (together, filtered))  # noqa: B023
-        assert_is(*pick)
-    for part in jax.tree.leaves(prediction):
+    (slopes, (prediction, state)), alone, last = jax.jit(everything, compiler_options=FAST)(
+        u, spoilt
+    )
+    assert_same([part[places] for part in said(prediction)], alone)
+    assert_same(state, last)
+    for part in jax.tree.leaves((prediction, slopes)):
         np.testing.assert_array_equal(part[~mask], 0)
-    last = jax.jit(alone)({key: array[2] for key, array in documents.items()})
-    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(last), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
-    if algorithm == "token":
-        return
-    moved = jax.jit(jax.grad(lambda u: jnp.sum(packed(u)[0].log_evidence)))(spoilt)
-    for gradient in jax.tree.leaves(moved):
-        assert np.all(np.isfinite(gradient))
-        np.testing.assert_array_equal(gradient[~mask], 0)
+        assert np.all(np.isfinite(part))
 
 
-@pytest.mark.parametrize("name", ["bayesian_layer", "gla"])
+@pytest.mark.parametrize("name", ["bayesian_layer", "kalman_linear_attention", "rotation"])
 def test_a_sequence_may_be_empty_or_one_token(name):
-    exact, _ = derived(name)
-    memory = compile_filter(certify(exact))
-    u = exact.model.draw_inputs(jax.random.key(0), 1)
-    assert_compile_to(exact, Exact(), u, memory)
+    memory = compiled(name)
+    u = memory.exact.model.draw_inputs(jax.random.key(0), 1)
+    prediction, _ = jax.jit(memory, compiler_options=FAST)(u, memory.init_state())
+    assert_same(said(prediction), filtered(memory.exact, EXACT, u))
     none = {key: array[:0] for key, array in u.items()}
-    prediction, state = jax.jit(lambda u: memory(u, memory.init_state()))(none)
+    prediction, state = jax.jit(memory, compiler_options=FAST)(none, memory.init_state())
     assert prediction.mean.shape == (0, 3)
     assert eqx.tree_equal(state, memory.init_state())
 
@@ -309,19 +370,19 @@ def test_a_sequence_may_be_empty_or_one_token(name):
 
 def test_a_verified_filter_compiles_at_other_widths():
     design = CATALOGUE["bayesian_layer"].model
-    certificate = certify(derived("bayesian_layer")[0])
-    wide = compile_filter(certificate, model=design(5, 4), algorithm="token")
-    assert wide.value_width == 5
-    assert wide.inputs["key"] == (4,)
-    u = design(5, 4).draw_inputs(jax.random.key(0), STEPS)
-    assert_compile_to(draft(design(5, 4)), Exact(), u, wide)
+    certificate = certify(drafted("bayesian_layer"))
+    wide = compile_filter(certificate, model=design(4, 3), algorithm="token")
+    assert wide.value_width == 4
+    assert wide.inputs["key"] == (3,)
+    u = design(4, 3).draw_inputs(jax.random.key(0), STEPS)
+    assert_compile_to(draft(design(4, 3)), EXACT, u, wide)
 
 
 @pytest.fixture(scope="module")
 def certificates():
     with jax.enable_x64(True):
         return {
-            name: certify(derived(name)[0], CATALOGUE[name].policy)
+            name: certify(drafted(name), CATALOGUE[name].policy)
             for name in ("bayesian_layer", "gla", "longhorn", "deltanet")
         }
 
@@ -347,29 +408,37 @@ def test_a_certificate_without_an_oracle_is_refused(certificates):
 
 def test_an_algorithm_that_does_not_apply_is_refused(certificates):
     with pytest.raises(ValueError, match=r'`algorithm` is "chunked", .*: entries are filtered'):
-        compile_filter(certificates["gla"], algorithm="chunked")
+        compile_filter(certificates["longhorn"], algorithm="chunked")
     with pytest.raises(ValueError, match='`algorithm` is "parallel", which takes the exact'):
         compile_filter(certificates["longhorn"], algorithm="parallel")
     assert compile_filter(certificates["gla"], algorithm="parallel").algorithm == "parallel"
 
 
-def test_noise_that_is_not_positive_is_refused(certificates):
-    memory = compile_filter(certificates["bayesian_layer"])
-    u = memory.exact.model.draw_inputs(jax.random.key(0), 3)
-    u["noise"] = u["noise"].at[1].set(0)
-    with pytest.raises(RuntimeError, match="the model's noise is not positive"):
-        jax.block_until_ready(eqx.filter_jit(memory)(u, memory.init_state()))
-
-
-def test_noise_outside_the_range_of_float32_is_refused(certificates):
+def test_noise_that_float32_does_not_stand_is_refused(certificates):
     memory = compile_filter(certificates["bayesian_layer"], algorithm="token")
     run = eqx.filter_jit(memory)
     u = memory.exact.model.draw_inputs(jax.random.key(0), 3)
     u["key"] = u["key"].at[1].set(1.0)
-    u["noise"] = u["noise"].at[1].set(1e-4)
+
+    def at(noise):
+        now = u | {"noise": u["noise"].at[1].set(noise)}
+        return jax.block_until_ready(run(now, memory.init_state()))[0]
+
+    with pytest.raises(RuntimeError, match="the model's noise is not positive"):
+        at(0)
     with pytest.raises(RuntimeError, match="exceeds 10000, where float32 loses"):
-        jax.block_until_ready(run(u, memory.init_state()))
-    u["noise"] = u["noise"].at[1].set(1e-3)
+        at(1e-4)
+    assert at(1e-3).mean.dtype == jnp.float32
+
+
+def test_noise_that_float32_does_not_stand_is_refused_in_the_general_form():
+    memory = compile_filter(certify(drafted("rotation")))
+    u = memory.exact.model.draw_inputs(jax.random.key(0), 3)
+    u["key"] = u["key"].at[1].set(1.0)
+    run = eqx.filter_jit(memory)
+    small = u | {"noise": u["noise"].at[1].set(1e-4)}
+    with pytest.raises(RuntimeError, match="exceeds 10000, where float32 loses"):
+        jax.block_until_ready(run(small, memory.init_state()))
     assert run(u, memory.init_state())[0].mean.dtype == jnp.float32
 
 
