@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scan_cases import Case, draw_initial, draw_stream
 
-from layers.kernels import device_refusal, kernel_scan, mosaic, refusal
+from layers.kernels import device_refusal, kernel_scan, mosaic, refusal, reverse
 from layers.rules import Diagonal, Exact, Restored
 from layers.scans import filter_scan
 from layers.stream import Belief, Stream
@@ -109,9 +109,10 @@ def assert_within(found: tuple[dict, dict], reference: tuple[dict, dict], dtype:
 # -- without a GPU ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_simulated_values_and_gradients_are_the_definition(dtype):
+@pytest.mark.parametrize(("dtype", "processors"), [("float32", 132), ("bfloat16", 1)])
+def test_simulated_values_and_gradients_are_the_definition(dtype, processors, monkeypatch):
     """Two chunks, the last padded; documents start inside a block and at a chunk's edge."""
+    monkeypatch.setattr(reverse, "PROCESSORS", processors)
     case = Case(75, 64, 64, decay="scalar", drift="scalar", starts=(20, 64))
     arguments, starts = draw(case, dtype)
     found = differentiated(simulated)(arguments, starts)  # jit can deadlock the simulator

@@ -43,7 +43,7 @@ CHUNK = 64
 """Tokens that are copied together, and between saved states."""
 
 PITCH = 2 * WIDTH + 4
-COVARIANCE_PIECES, MEAN_PIECES = 3, 2
+COVARIANCE_PIECES, MEAN_PIECES, SAVED_PIECES = 3, 2, 2
 
 Rows = Float[Array, "row time width"]
 Numbers = Float[Array, "row time"]
@@ -76,7 +76,7 @@ def filter_blocks(
     Returns:
         `mean` (row, time, 64), `variance` and `inverse_deviation` (row, time), `whitened`
         (row, time, 128) which holds u and then w, `last_covariance`, `last_mean`, and where saved
-        `covariances` and `means` (row, chunk, 64, 64).
+        `covariances` and `means` in bfloat16 pieces (row, chunk, piece, 64, 64).
     """
     rows, time, _ = key.shape
     exact = key.dtype == jnp.bfloat16
@@ -94,7 +94,8 @@ def filter_blocks(
         "last_mean": ((rows, *square), f32),
     }
     if save:
-        out |= {name: ((rows, chunks, *square), f32) for name in ("covariances", "means")}
+        states = (rows, chunks, SAVED_PIECES, *square)
+        out |= {name: (states, jnp.bfloat16) for name in ("covariances", "means")}
     shared = mosaic.SMEM
     operand = shared((slots, depth, CHUNK, WIDTH), jnp.bfloat16, transforms=mosaic.THIN)
     plain = shared((slots, CHUNK, WIDTH), key.dtype)
@@ -179,6 +180,10 @@ def _body(*refs, names, chunks, slots, lag, save, interpret):
             for part, place in copies:
                 mosaic.copy_in(part, place, full.at[slot])
 
+    def leave(name, chunk, state):
+        for piece, part in enumerate(pieces(state, SAVED_PIECES)):
+            out[name].at[row, chunk, piece][...] = part
+
     @pl.when(warpgroup == 0)
     def _covariance():
         diagonal = mosaic.index(square, 0) == mosaic.index(square, 1)
@@ -190,7 +195,7 @@ def _body(*refs, names, chunks, slots, lag, save, interpret):
             slot = lax.rem(c, slots)
             mosaic.barrier_wait(full.at[slot])
             if save:
-                out["covariances"].at[row, c][...] = covariance
+                leave("covariances", c, covariance)
 
             def block(i, covariance):
                 start = i * BLOCK
@@ -262,7 +267,7 @@ def _body(*refs, names, chunks, slots, lag, save, interpret):
             mosaic.barrier_wait(full.at[slot])
             mosaic.wait_out(0, wait_read_only=True)
             if save:
-                out["means"].at[row, c][...] = mean
+                leave("means", c, mean)
 
             def block(i, carry):
                 mean, squares = carry

@@ -97,11 +97,23 @@ def lowering_mesh():
     return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 
-def meet(met):
-    """Wait for the other warpgroups, whose stores to shared memory are then seen by all."""
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(met)
-    plgpu.barrier_wait(met)
+def meet(met, interpret: bool):
+    """Wait for all warpgroups, whose stores to shared memory all then see."""
+    if interpret:
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(met)
+        plgpu.barrier_wait(met)
+    else:
+        _meet()  # pyright: ignore[reportCallIssue]
+
+
+@plgpu.inline_mgpu()
+def _meet(ctx):
+    # The hardware's barrier of the whole program; a barrier in shared memory takes several
+    # times as long.
+    del ctx
+    nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
+    gpu.barrier()
 
 
 def prefetch(ref, interpret: bool):

@@ -43,8 +43,9 @@ through the chunks of a head from the last to the first with M̄ and P̄ in regi
 
 **Layout.** A chunk's matrices are 64 × 64. Two warpgroups share the columns of each: an operand
 lies whole in shared memory as two bfloat16 pieces, readable as its transpose too, and each
-multiplies it by its own 32 columns of another; sums are float32. `local` is one program a chunk,
-`recur` one a head. Between them pass five such matrices a chunk in float32, 1.3 kB a token.
+multiplies it by its own 32 columns of another; sums are float32. `local` is as many programs as
+there are multiprocessors, `recur` one a head. Between them pass five such matrices a chunk, 1.3 kB
+a token.
 
 Source: the derivative of a Cholesky factor, Murray (2016), arXiv 1602.07527; values and gradients
 are compared with the filter token by token in tests/test_kernels.py.
@@ -60,10 +61,12 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from . import mosaic
-from .forward import CHUNK, WIDTH
+from .forward import CHUNK, SAVED_PIECES, WIDTH
 from .mosaic import BLOCK, COLUMNS, ROWS, along_columns, along_rows, pieces
 
-PIECES = 2
+PIECES = SAVED_PIECES
+PROCESSORS = 132
+"""Multiprocessors of a Hopper GPU."""
 SHARES = 2
 """Warpgroups that share the columns of a chunk's matrices."""
 SQUARE = (CHUNK, WIDTH)
@@ -101,29 +104,32 @@ def local(
     *,
     interpret: bool = False,
 ) -> tuple[Array, ...]:
-    """What each chunk asks of its tokens, the states' cotangents aside: (row, chunk, 64, 64) each.
+    """What each chunk asks of its tokens, the states' cotangents aside.
 
     Returns:
-        The weights B, Θ, what readings ask of values, and of the joint covariance and read-outs
-        (lower triangles, times ρ).
+        B, Θ and the cotangent of read-outs times ρ in pieces (row, chunk, piece, 64, 64); what
+        readings ask of values and of the joint covariance (the lower triangle, times ρ) in
+        float32 (row, chunk, 64, 64).
     """
     rows, depth, time, _ = key.shape
     chunks = time // CHUNK
-    out = [jax.ShapeDtypeStruct((rows, chunks, *SQUARE), jnp.float32)] * 5
+    pieced = jax.ShapeDtypeStruct((rows, chunks, PIECES, *SQUARE), jnp.bfloat16)
+    out = [pieced] * 3 + [jax.ShapeDtypeStruct((rows, chunks, *SQUARE), jnp.float32)] * 2
+    parts = max(1, min(chunks, PROCESSORS // rows))
     form = mosaic.operands_of(WIDTH // SHARES)
-    operand = mosaic.SMEM((PIECES, *SQUARE), jnp.bfloat16, transforms=form)
-    given = mosaic.SMEM((depth, *SQUARE), jnp.bfloat16, transforms=form)
+    operand = mosaic.SMEM((1, PIECES, *SQUARE), jnp.bfloat16, transforms=form)
+    given = mosaic.SMEM((2, depth, *SQUARE), jnp.bfloat16, transforms=form)
     run = mosaic.kernel(
-        partial(_local, interpret=interpret),
+        partial(_local, chunks=chunks, parts=parts, interpret=interpret),
         out,
-        {"row": rows, "chunk": chunks},
+        {"row": rows, "part": parts},
         [
             given,
             given,
+            mosaic.SMEM((2, *numbers.shape[2:]), jnp.float32),
             *[operand] * 5,
-            mosaic.SMEM(numbers.shape[2:], jnp.float32),
             mosaic.SMEM((CHUNK, WIDTH + 4), jnp.float32),
-            mosaic.barrier(num_arrivals=1 + 2 * depth),
+            mosaic.barrier(num_arrivals=1 + 2 * depth, num_barriers=2),
             mosaic.barrier(num_arrivals=SHARES),
         ],
         SHARES,
@@ -218,102 +224,159 @@ def _local(
     numbers_in,
     weights_out,
     explained_out,
+    of_read_out,
     of_value_out,
     of_joint_out,
-    of_read_out,
     *scratch,
+    chunks,
+    parts,
     interpret,
 ):
-    row, chunk = lax.axis_index("row"), lax.axis_index("chunk")
+    row, part = lax.axis_index("row"), lax.axis_index("part")
     here = _Share(lax.axis_index("wg"), WIDTH // SHARES, interpret)
-    *buffers, vectors, blocks, arrived, met = scratch
-    keys, queries, moved, spare, given, reads, inverses = map(_Pieces, buffers)
-    numbers = _numbers_of(vectors)
-    tokens = pl.ds(chunk * CHUNK, CHUNK)
+    keys_in, queries_in, vectors, *operands, blocks, arrived, met = scratch
 
-    def leave(ref, matrix):
-        ref.at[row, chunk, :, here.columns][...] = matrix
+    def at(step):
+        # The last program may find its last chunk twice.
+        return jnp.minimum(part + step * parts, chunks - 1)
 
-    def covariances():
-        return here.load(whitened.at[row, tokens])
-
-    def surprises():
-        return mosaic.load(whitened.at[row, tokens, pl.ds(WIDTH + here.first, WIDTH // SHARES)])
+    def fetch(chunk, slot):
+        tokens = pl.ds(chunk * CHUNK, CHUNK)
+        mosaic.copy_in(numbers_in.at[row, chunk], vectors.at[slot], arrived.at[slot])
+        for source, target in ((key, keys_in), (query, queries_in)):
+            for piece in range(target.shape[1]):
+                from_, to = source.at[row, piece, tokens], target.at[slot, piece]
+                mosaic.copy_in(from_, to, arrived.at[slot])
 
     @pl.when(here.first == 0)
     def _():
-        mosaic.copy_in(numbers_in.at[row, chunk], vectors, arrived)
-        for source, target in ((key, keys.ref), (query, queries.ref)):
-            for piece in range(target.shape[0]):
-                mosaic.copy_in(source.at[row, piece, tokens], target.at[piece], arrived)
+        fetch(at(0), 0)
 
-    surprise, uncovered = surprises(), covariances()
-    cotangent = here.load(of_mean.at[row, tokens])
-    here.put(moved.ref, uncovered)
-    here.put(spare.ref, surprise)
-    here.put(given.ref, cotangent)
-    mosaic.meet(met)
-    mosaic.barrier_wait(arrived)
-    ratios = here.ratios(numbers)
-    factor = here.times((keys, moved.T)) * ratios
-    read = here.times((queries, moved.T)) * ratios
-    here.put(reads.ref, read)
-    mosaic.meet(met)
-    of_surprise = here.times((reads.T, given)) - here.along(numbers.of_evidence) * surprise
-    of_read = here.times((given, spare.T)) - 2 * here.along(numbers.of_variance) * read
-    mosaic.meet(met)
-    here.put(given.ref, of_surprise)
-    here.put(moved.ref, here.lower(of_read))
-    mosaic.meet(met)
-    inner = here.times((given, spare.T), (moved.T, reads))
-    evidence = here.diagonal(here.along(numbers.of_evidence))
-    inner = here.halved(inner) + evidence * (WIDTH / 2)
-    mosaic.meet(met)
-    inverse = _invert(factor, numbers.inverse_deviation, here, blocks, reads, inverses, spare, met)
-    here.put(inverses.ref, inverse)
-    here.put(reads.ref, inner)
-    mosaic.meet(met)
-    uncovered, surprise = covariances(), surprises()
-    here.put(spare.ref, here.times((inverses.T, reads), (inverses.T, reads.T)))
-    mosaic.meet(met)
-    here.put(reads.ref, here.along(numbers.end) * uncovered)
-    # Ḡ is minus half the product, and its lower triangle off the diagonal counts twice.
-    ratios = here.ratios(numbers)
-    leave(of_joint_out, -here.halved(here.times((spare, inverses))) * ratios)
-    leave(of_read_out, here.times((moved, inverses)) * ratios)
-    leave(of_value_out, here.times((inverses.T, given)))
-    mosaic.meet(met)
-    here.put(spare.ref, surprise)
-    leave(weights_out, here.times((inverses.T, reads)))
-    mosaic.meet(met)
-    leave(explained_out, here.times((inverses.T, spare)))
+    def through_chunk(step, carry):
+        chunk, slot = at(step), lax.rem(step, 2)
+        tokens = pl.ds(chunk * CHUNK, CHUNK)
+
+        def leave(ref, matrix):
+            ref.at[row, chunk, :, here.columns][...] = matrix
+
+        def covariances():
+            return here.load(whitened.at[row, tokens])
+
+        def surprises():
+            own = pl.ds(WIDTH + here.first, WIDTH // SHARES)
+            return mosaic.load(whitened.at[row, tokens, own])
+
+        surprise, uncovered = surprises(), covariances()
+        cotangent = here.load(of_mean.at[row, tokens])
+
+        @pl.when(here.first == 0)
+        def _():
+            # What the chunk before left is being read until then.
+            mosaic.wait_out(0, wait_read_only=True)
+
+        mosaic.meet(met, interpret)
+
+        @pl.when(jnp.logical_and(here.first == 0, step + 1 < steps))
+        def _():
+            fetch(at(step + 1), 1 - slot)
+            after = pl.ds(at(step + 1) * CHUNK, CHUNK)
+            for ref in (whitened, of_mean):
+                mosaic.prefetch(ref.at[row, after], interpret)
+
+        mosaic.barrier_wait(arrived.at[slot])
+        numbers = _numbers_of(vectors.at[slot])
+        only = _opaque_zero(vectors, slot)
+        places = [keys_in.at[slot], queries_in.at[slot], *(ref.at[only] for ref in operands)]
+        keys, queries, moved, spare, given, reads, inverses = map(_Pieces, places)
+        here.put(moved.ref, uncovered)
+        here.put(spare.ref, surprise)
+        here.put(given.ref, cotangent)
+        mosaic.meet(met, interpret)
+        ratios = here.ratios(numbers)
+        factor = here.times((keys, moved.T)) * ratios
+        read = here.times((queries, moved.T)) * ratios
+        here.put(reads.ref, read)
+        mosaic.meet(met, interpret)
+        of_surprise = here.times((reads.T, given)) - here.along(numbers.of_evidence) * surprise
+        of_read = here.times((given, spare.T)) - 2 * here.along(numbers.of_variance) * read
+        mosaic.meet(met, interpret)
+        here.put(given.ref, of_surprise)
+        here.put(moved.ref, here.lower(of_read))
+        mosaic.meet(met, interpret)
+        inner = here.times((given, spare.T), (moved.T, reads))
+        evidence = here.diagonal(here.along(numbers.of_evidence))
+        inner = here.halved(inner) + evidence * (WIDTH / 2)
+        mosaic.meet(met, interpret)
+        inverse = _invert(
+            factor, numbers.inverse_deviation, here, blocks, reads, inverses, spare, met
+        )
+        here.put(inverses.ref, inverse)
+        here.put(reads.ref, inner)
+        mosaic.meet(met, interpret)
+        uncovered, surprise = covariances(), surprises()
+        here.put(spare.ref, here.times((inverses.T, reads), (inverses.T, reads.T)))
+        mosaic.meet(met, interpret)
+        here.put(reads.ref, here.along(numbers.end) * uncovered)
+        # Ḡ is minus half the product, and its lower triangle off the diagonal counts twice.
+        ratios = here.ratios(numbers)
+        leave(of_joint_out, -here.halved(here.times((spare, inverses))) * ratios)
+        of_read = here.times((moved, inverses)) * ratios
+        leave(of_value_out, here.times((inverses.T, given)))
+        mosaic.meet(met, interpret)
+        here.put(spare.ref, surprise)
+        here.put(moved.ref, of_read)
+        here.put(given.ref, here.times((inverses.T, reads)))
+        mosaic.meet(met, interpret)
+        here.put(reads.ref, here.times((inverses.T, spare)))
+        mosaic.meet(met, interpret)
+
+        @pl.when(here.first == 0)
+        def _():
+            for place, ref in ((given, weights_out), (reads, explained_out), (moved, of_read_out)):
+                for piece in range(PIECES):
+                    mosaic.copy_out(place.ref.at[piece], ref.at[row, chunk, piece])
+
+        return carry
+
+    steps = -(-chunks // parts)
+    lax.fori_loop(0, steps, through_chunk, None)
+    mosaic.wait_out(0)
+
+
+def _opaque_zero(vectors, slot):
+    """0, which the compiler cannot know.
+
+    Buffers are indexed by it: otherwise the compiler computes every operand's descriptor once,
+    before the loop over chunks, and keeps hundreds of them in local memory.
+    """
+    return jnp.where(vectors[slot, Numbers._fields.index("alpha"), CHUNK - 1] < 0, 1, 0)
 
 
 def _invert(factor, scale, here, blocks, factors, inverses, spare, met):
     """L⁻¹, given 1/L_tt: its blocks of 16 are inverted, then joined in turn."""
     blocks.at[:, here.columns][...] = factor
     here.put(factors.ref, factor)
-    mosaic.meet(met)
+    mosaic.meet(met, here.interpret)
 
     @pl.when(here.first == 0)
     def _():
         mosaic.invert_blocks(blocks, scale, here.interpret)
 
-    mosaic.meet(met)
+    mosaic.meet(met, here.interpret)
     apart = jnp.bitwise_xor(here.i, here.j)
     inverse = mosaic.load(blocks.at[:, here.columns])
     inverse = jnp.where(apart < BLOCK, inverse, jnp.zeros_like(inverse))
     size = BLOCK
     while size < CHUNK:
         here.put(inverses.ref, inverse)
-        mosaic.meet(met)
+        mosaic.meet(met, here.interpret)
         joining = jnp.logical_and(apart >= size, apart < 2 * size)
         joining = jnp.logical_and(joining, here.i > here.j)
         crossed = here.times((factors, inverses))
         here.put(spare.ref, jnp.where(joining, crossed, jnp.zeros_like(crossed)))
-        mosaic.meet(met)
+        mosaic.meet(met, here.interpret)
         inverse = inverse - here.times((inverses, spare))
-        mosaic.meet(met)
+        mosaic.meet(met, here.interpret)
         size *= 2
     return inverse
 
@@ -324,8 +387,8 @@ def recur(
     of_mean: Float[Array, "row time value"],
     numbers: Float[Array, "row chunk number token"],
     found: tuple[Array, ...],
-    means: Float[Array, "row chunk value key"],
-    covariances: Float[Array, "row chunk key key"],
+    means: Float[Array, "row chunk piece_of_state value key"],
+    covariances: Float[Array, "row chunk piece_of_state key key"],
     of_last_mean: Float[Array, "row value key"],
     of_last_covariance: Float[Array, "row key key"],
     *,
@@ -362,6 +425,7 @@ def recur(
             *[operand] * 11,
             mosaic.SMEM((2, *numbers.shape[2:]), f32),
             mosaic.barrier(num_arrivals=2 * depth),
+            mosaic.barrier(num_arrivals=5 * PIECES),
             mosaic.barrier(num_arrivals=1, num_barriers=2),
             mosaic.barrier(num_arrivals=SHARES),
         ],
@@ -386,10 +450,10 @@ def recur(
 
 def _recur(*refs, names, chunks, interpret):
     key, query, of_mean, numbers_in = refs[:4]
-    inputs = refs[4:9]
-    means, covariances, of_last_mean, of_last_covariance = refs[9:13]
+    pieced, (of_value_in, of_joint_in) = refs[4:7] + refs[9:11], refs[7:9]
+    of_last_mean, of_last_covariance = refs[11:13]
     out = dict(zip(names, refs[13 : 13 + len(names)], strict=True))
-    *buffers, vectors, arrived, numbered, met = refs[13 + len(names) :]
+    *buffers, vectors, arrived, handed, numbered, met = refs[13 + len(names) :]
     row, share = lax.axis_index("row"), lax.axis_index("wg")
     here = _Share(share, WIDTH // SHARES, interpret)
 
@@ -419,41 +483,36 @@ def _recur(*refs, names, chunks, interpret):
             for source, target in ((key, buffers[0].at[0]), (query, buffers[1].at[0])):
                 for piece in range(target.shape[0]):
                     mosaic.copy_in(source.at[row, piece, tokens], target.at[piece], arrived)
+            for source, target in zip(pieced, buffers[2:7], strict=True):
+                for piece in range(PIECES):
+                    mosaic.copy_in(source.at[row, c, piece], target.at[0, piece], handed)
             before = jnp.maximum(c - 1, 0)
 
             @pl.when(c > 0)
             def _():
                 fetch_numbers(before, 1 - slot)
 
-            for ref in (*inputs, means, covariances):
+            for ref in (*pieced, of_value_in, of_joint_in):
                 mosaic.prefetch(ref.at[row, before], interpret)
             mosaic.prefetch(of_mean.at[row, pl.ds(before * CHUNK, CHUNK)], interpret)
 
         mosaic.barrier_wait(numbered.at[slot])
         fade, added = here.along(numbers.alpha), here.along(numbers.drift)
         kept = vectors[slot, 2, CHUNK - 1]
-        # Always 0, which the compiler cannot know: otherwise it computes every operand's
-        # descriptor once, before the loop, and keeps hundreds in local memory.
-        only = jnp.where(kept < 0, 1, 0)
+        only = _opaque_zero(vectors, slot)
         places = [_Pieces(ref.at[only]) for ref in buffers]
-        keys, queries, of_means, of_covariances, covariance, mean, *places = places
-        weights, spreads, of_values, joints, reads, given, squares = places
-        weights_in, explained_in, of_value_in, of_joint_in, of_read_in = (
-            ref.at[row, c] for ref in inputs
-        )
-        for place, ref in (
-            (weights, weights_in),
-            (spreads, explained_in),
-            (covariance, covariances.at[row, c]),
-            (mean, means.at[row, c]),
-            (reads, of_read_in),
+        keys, queries, weights, spreads, reads, mean, covariance, *places = places
+        of_means, of_covariances, of_values, joints, given, squares = places
+        cotangent = here.load(of_mean.at[row, tokens])
+        of_value, of_joint = here.load(of_value_in.at[row, c]), here.load(of_joint_in.at[row, c])
+        for place, matrix in (
+            (of_means, of_mean_end),
+            (of_covariances, of_covariance_end),
+            (given, fade * cotangent),
         ):
-            here.put(place.ref, here.load(ref))
-        here.put(given.ref, fade * here.load(of_mean.at[row, tokens]))
-        here.put(of_means.ref, of_mean_end)
-        here.put(of_covariances.ref, of_covariance_end)
-        of_value, of_joint = here.load(of_value_in), here.load(of_joint_in)
-        mosaic.meet(met)
+            here.put(place.ref, matrix)
+        mosaic.barrier_wait(handed)
+        mosaic.meet(met, interpret)
         guided = here.times((spreads, of_means))
         spread = here.times((weights, of_covariances))
         of_value = of_value + here.times((weights, of_means.T))
@@ -461,7 +520,7 @@ def _recur(*refs, names, chunks, interpret):
         here.put(squares.ref, guided - spread)
         here.put(of_values.ref, -fade * of_value)
         of_tied = here.along(numbers.end) * (guided - 2 * spread)
-        mosaic.meet(met)
+        mosaic.meet(met, interpret)
         between = here.times((squares, weights.T), (weights, squares.T))
         joint = of_joint - here.halved(between) * here.ratios(numbers)
         leave_sum("noise", here.diagonal(joint))
@@ -469,7 +528,7 @@ def _recur(*refs, names, chunks, interpret):
         mosaic.barrier_wait(arrived)
         plain_key, plain_query = here.plain(keys.ref), here.plain(queries.ref)
         tied = fade * fade * here.times((keys, covariance)) + added * plain_key
-        mosaic.meet(met)
+        mosaic.meet(met, interpret)
         here.put(weights.ref, tied)
         of_tied = of_tied + here.times((joints.T, keys), (reads.T, queries))
         of_read_variance = here.along(numbers.of_variance)
@@ -477,7 +536,7 @@ def _recur(*refs, names, chunks, interpret):
         here.put(spreads.ref, fade * fade * of_tied)
         here.put(squares.ref, fade * fade * of_read_variance * plain_query)
         unread = fade * fade * here.times((queries, covariance)) + added * plain_query
-        mosaic.meet(met)
+        mosaic.meet(met, interpret)
         of_mean_start = kept * of_mean_end + here.times((of_values.T, keys), (given.T, queries))
         crossed = here.times((keys.T, spreads), (spreads.T, keys))
         squared = here.times((queries.T, squares))
@@ -489,10 +548,10 @@ def _recur(*refs, names, chunks, interpret):
         leave("key", of_key)
         leave("query", of_query)
         leave_sum("moved", plain_key * of_key + plain_query * of_query)
-        scale = here.load(means.at[row, c]) * of_mean_start
-        leave_sum("scale", scale + 2 * here.load(covariances.at[row, c]) * of_covariance_start)
+        scale = here.plain(mean.ref) * of_mean_start
+        leave_sum("scale", scale + 2 * here.plain(covariance.ref) * of_covariance_start)
         leave_sum("trace", here.diagonal(of_covariance_start))
-        mosaic.meet(met)
+        mosaic.meet(met, interpret)
         return of_mean_start, of_covariance_start
 
     start = here.load(of_last_mean.at[row]), here.load(of_last_covariance.at[row])
