@@ -121,11 +121,11 @@ def contenders(shape: Shape, config: Config) -> dict[str, Callable[[Stream], tup
     out: dict[str, Callable[[Stream], tuple[Array, ...]]] = {}
     if shape.width == 64:
         out[OURS] = exact("mosaic")
-    if shape in config.xla:
-        out[XLA] = exact("xla")
     if importlib.util.find_spec("jla") is not None:
         peers = PEERS.items() if shape.width == 64 else list(PEERS.items())[:1]
         out |= {f"{label}, jax-linear-attention": peer(kind, shape) for label, kind in peers}
+    if shape in config.xla:
+        out[XLA] = exact("xla")
     return out
 
 
@@ -186,20 +186,19 @@ def _error(found: Array, expected: Array) -> float:
     return float(difference / jnp.linalg.norm(expected))
 
 
-def run(config: Config, seed: int, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Check and time everything."""
-    errors: list[Accuracy] = []
-    for shape in config.shapes[:2]:
-        for dtype in ("bfloat16", "float32") if shape == config.shapes[0] else ("bfloat16",):
-            errors.append(accuracy(shape, dtype, config, seed))
-            progress(str(errors[-1]))
-    timings: list[Timing] = []
+def run(config: Config, seed: int, progress: Callable[[dict[str, Any]], None]) -> None:
+    """Check and time everything; `progress` gets all that is known so far, after every step."""
+    errors: list[dict[str, Any]] = []
+    timings: list[dict[str, Any]] = []
     for shape in config.shapes:
         stream = streams(shape, config.drift, "bfloat16", seed)
         for label, function in contenders(shape, config).items():
-            timings.append(timed(shape, label, function, stream, config))
-            progress(str(timings[-1]))
-    return {"errors": list(map(asdict, errors)), "timings": list(map(asdict, timings))}
+            timings.append(asdict(timed(shape, label, function, stream, config)))
+            progress({"timings": timings, "errors": errors})
+    first, second, *_ = config.shapes
+    for shape, dtype in ((first, "bfloat16"), (first, "float32"), (second, "bfloat16")):
+        errors.append(asdict(accuracy(shape, dtype, config, seed)))
+        progress({"timings": timings, "errors": errors})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -208,13 +207,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     config, start = Config(), time.perf_counter()
-    metrics = run(config, given.seed, lambda stage: print(stage, flush=True))
     command = f"python -m benchmarks.kernels --json {given.json.name} --seed {given.seed}"
-    seconds = time.perf_counter() - start
-    write_json(
-        given.json,
-        record(asdict(config), metrics, command=command, seed=given.seed, seconds=seconds),
-    )
+
+    def keep(metrics: dict[str, Any]) -> None:
+        print(next(part[-1] for part in reversed(metrics.values()) if part), flush=True)
+        seconds = time.perf_counter() - start
+        whole = record(asdict(config), metrics, command=command, seed=given.seed, seconds=seconds)
+        write_json(given.json, whole)
+
+    run(config, given.seed, keep)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from layers.rules import Exact, Rule
-from layers.stream import Belief, Reading, Stream
+from layers.stream import Belief, Reading, Stream, by_token, one_by_one
 
 Backend = Literal["auto", "xla", "mosaic"]
 
@@ -33,10 +33,11 @@ def refusal(
         return f"`rule` is {rule}, and kernels take Exact()"
     if algorithm != "chunked":
         return f'`algorithm` is "{algorithm}", and kernels take "chunked"'
-    if (value, key) != (WIDTH, WIDTH):
-        return f"the memory is (value {value}, key {key}), and kernels take ({WIDTH}, {WIDTH})"
-    if stream.observations > 1:
-        return f"`stream` writes {stream.observations} pairs a token, and kernels take one"
+    if key != WIDTH or value % WIDTH or value == 0:
+        return (
+            f"the memory is (value {value}, key {key}), and kernels take {WIDTH} keys and a "
+            f"multiple of {WIDTH} values"
+        )
     if stream.length == 0:
         return "`stream` has no tokens, and kernels take one or more"
     if wide:
@@ -88,9 +89,11 @@ def kernel_scan(
         prior_variance: from which documents start.
         interpret: whether kernels are simulated on a CPU.
     """
-    from .exact import Head, filter_head  # Mosaic is imported where it is used alone.
+    from .exact import Filtered, Head, filter_head  # Mosaic is imported where it is used alone.
 
-    assert initial.covariance is not None
+    covariance = initial.covariance
+    assert covariance is not None
+    count, stream = stream.observations, one_by_one(stream)
     f32, time = jnp.float32, stream.length
     vectors = stream.key, stream.value, stream.query
     half = all(part.dtype == jnp.bfloat16 for part in vectors)
@@ -108,17 +111,27 @@ def kernel_scan(
         padding = [(0, -time % CHUNK)] + [(0, 0)] * (array.ndim - 1)
         return jnp.pad(array, padding, constant_values=filler)
 
-    head = Head(
-        padded(key),
-        padded(value),
-        padded(query),
-        padded(stream.noise.astype(f32), 1),
-        padded(log_decay),
-        padded(starts, False),
-        padded(added),
-        initial.covariance.astype(f32),
-        initial.mean.astype(f32),
+    def rows_of(value, mean) -> Filtered:
+        """What 64 rows of the memory say; rows share a covariance, and know of no others."""
+        head = Head(
+            padded(key),
+            padded(value),
+            padded(query),
+            padded(stream.noise.astype(f32), 1),
+            padded(log_decay),
+            padded(starts, False),
+            padded(added),
+            covariance.astype(f32),
+            mean.astype(f32),
+        )
+        return filter_head(head, interpret)
+
+    values = jnp.moveaxis(value.reshape(time, -1, WIDTH), 1, 0)
+    found = jax.vmap(rows_of)(values, initial.mean.reshape(-1, WIDTH, WIDTH))
+    reading = Reading(
+        jnp.moveaxis(found.mean[:, :time], 0, 1).reshape(time, -1),
+        found.variance[0, :time],
+        found.log_evidence[:, :time].sum(axis=0),
     )
-    found = filter_head(head, interpret)
-    reading = Reading(found.mean[:time], found.variance[:time], found.log_evidence[:time])
-    return Belief(found.last_mean, found.last_covariance), reading
+    last = Belief(found.last_mean.reshape(initial.mean.shape), found.last_covariance[0])
+    return last, by_token(reading, count)
