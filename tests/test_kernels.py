@@ -255,14 +255,20 @@ def test_strong_decay_on_a_gpu(weakest, dtype):
     assert_on_gpu(*draw(replace(FULL, weakest=weakest), dtype), dtype)
 
 
+LASTING = Case(192, 64, 64)
+"""Nothing decays or drifts, so that every write counts until the end: the hardest for precision."""
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("noise", [1e-3, 1e-2, 1e2])
-def test_extremes_of_noise_and_keys_alike_on_a_gpu(noise, dtype):
-    """Keys of cosine 0.9, which leave the least to each innovation."""
-    arguments, starts = draw(FULL, dtype)
+@pytest.mark.parametrize(
+    ("case", "noise"), [(FULL, 1e-3), (FULL, 1e-2), (FULL, 1e2), (LASTING, 1e-1), (LASTING, 1e2)]
+)
+def test_extremes_of_noise_and_keys_alike_on_a_gpu(case, noise, dtype):
+    """Keys of cosine 0.9, which leave the least to each innovation; noise times 0.1 to 1."""
+    arguments, starts = draw(case, dtype)
     rng = np.random.default_rng(0)
-    key = rng.normal(size=64) + 0.33 * rng.normal(size=(FULL.time, 64))
+    key = rng.normal(size=64) + 0.33 * rng.normal(size=(case.time, 64))
     key /= np.linalg.norm(key, axis=1, keepdims=True)
     arguments |= {"key": jnp.asarray(key, dtype), "noise": arguments["noise"] * noise}
     assert_on_gpu(arguments, starts, dtype)

@@ -1,4 +1,15 @@
-"""The exact filter as Pallas Mosaic GPU kernels, for Hopper GPUs."""
+"""The exact filter as Pallas Mosaic GPU kernels, for Hopper GPUs.
+
+`forward` filters, `reverse` finds the gradient, `exact` joins them for one head, `blocks` prepares
+what both need of decays, `mosaic` holds every name of Mosaic's, and `dispatch` decides what runs.
+
+**Range.** Read-outs are within 1e-4, gradients within 1e-3 of the filter in float64 of the same
+inputs, relative by norm, as tests/test_kernels.py says case by case: any decay; noise down to 1e-4
+of the prior variance where the memory drifts, and to 1e-2 where nothing drifts or decays. There,
+with keys of cosine 0.9, products in two pieces of bfloat16 cost more as noise falls: at 1e-3 of
+the prior variance 3e-5 of read-outs, 1e-3 of the keys' gradient and 4e-3 of the initial
+covariance's; at 1e-4, 2e-4, 3e-2 and 2e-1, where XLA in float32 has 1e-4, 3e-4 and 1e-3.
+"""
 
 from .dispatch import Backend as Backend
 from .dispatch import chosen as chosen
