@@ -24,6 +24,7 @@ from .stream import Belief
 from .variances import moebius_scan
 
 _TOGETHER = 64
+"""Tokens of a block, at most."""
 
 
 class Entries(eqx.Module):
@@ -123,10 +124,11 @@ def entry_scan(
     if time == 0:
         empty = jnp.zeros((0, state.mean.shape[0]), state.mean.dtype)
         return Prediction(empty, empty, empty, empty.sum(axis=1)), state
-    blocks = jax.tree.map(lambda array: cut(array, _TOGETHER), entries)
-    blocks = replace(blocks, noise=cut(entries.noise, _TOGETHER, 1))
+    length = min(time, _TOGETHER)
+    blocks = jax.tree.map(lambda array: cut(array, length), entries)
+    blocks = replace(blocks, noise=cut(entries.noise, length, 1))
     if entries.decay is not None:
-        blocks = replace(blocks, decay=cut(entries.decay, _TOGETHER, 1))
+        blocks = replace(blocks, decay=cut(entries.decay, length, 1))
 
     @jax.checkpoint
     def body(belief, block):
