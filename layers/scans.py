@@ -63,8 +63,8 @@ def filter_scan(
             few heads and long sequences on a wide device.
         dtype: of the operands of products that carry values (`layers.precision`).
         backend: "mosaic" runs the kernels of `layers.kernels`, which take the exact filter with
-            keys 64 and values a multiple of 64 wide and one decay and drift a token, in chunks,
-            on Hopper GPUs; "auto" runs them where they apply and XLA elsewhere.
+            keys up to 64 and values up to or a multiple of 64 wide, and one decay and drift a
+            token, in chunks, on Hopper GPUs; "auto" runs them where they apply, and else XLA.
 
     Returns:
         The belief after the last token and every token's reading: the same for each algorithm to

@@ -33,10 +33,10 @@ def refusal(
         return f"`rule` is {rule}, and kernels take Exact()"
     if algorithm != "chunked":
         return f'`algorithm` is "{algorithm}", and kernels take "chunked"'
-    if key != WIDTH or value % WIDTH or value == 0:
+    if not (0 < key <= WIDTH and (0 < value <= WIDTH or value % WIDTH == 0)):
         return (
-            f"the memory is (value {value}, key {key}), and kernels take {WIDTH} keys and a "
-            f"multiple of {WIDTH} values"
+            f"the memory is (value {value}, key {key}), and kernels take at most {WIDTH} keys, "
+            f"and at most {WIDTH} values or a multiple"
         )
     if stream.length == 0:
         return "`stream` has no tokens, and kernels take one or more"
@@ -108,11 +108,15 @@ def kernel_scan(
         added = jnp.where(starts, restart, drift)
 
     def padded(array, filler=0):
-        padding = [(0, -time % CHUNK)] + [(0, 0)] * (array.ndim - 1)
+        padding = [(0, -time % CHUNK)] + [(0, -width % WIDTH) for width in array.shape[1:]]
         return jnp.pad(array, padding, constant_values=filler)
 
+    def square(state):
+        """Keys that are never written or read, and values that are 0, change no others."""
+        return jnp.pad(state, [(0, -width % WIDTH) for width in state.shape]).astype(f32)
+
     def rows_of(value, mean) -> Filtered:
-        """What 64 rows of the memory say; rows share a covariance, and know of no others."""
+        """What up to 64 rows of the memory say; rows share a covariance, and know of no others."""
         head = Head(
             padded(key),
             padded(value),
@@ -121,17 +125,18 @@ def kernel_scan(
             padded(log_decay),
             padded(starts, False),
             padded(added),
-            covariance.astype(f32),
-            mean.astype(f32),
+            square(covariance),
+            square(mean),
         )
-        return filter_head(head, interpret)
+        return filter_head(head, len(mean), interpret)
 
-    values = jnp.moveaxis(value.reshape(time, -1, WIDTH), 1, 0)
-    found = jax.vmap(rows_of)(values, initial.mean.reshape(-1, WIDTH, WIDTH))
+    rows, width = min(WIDTH, value.shape[-1]), key.shape[-1]
+    values = jnp.moveaxis(value.reshape(time, -1, rows), 1, 0)
+    found = jax.vmap(rows_of)(values, initial.mean.reshape(-1, rows, width))
     reading = Reading(
-        jnp.moveaxis(found.mean[:, :time], 0, 1).reshape(time, -1),
+        jnp.moveaxis(found.mean[:, :time, :rows], 0, 1).reshape(time, -1),
         found.variance[0, :time],
         found.log_evidence[:, :time].sum(axis=0),
     )
-    last = Belief(found.last_mean.reshape(initial.mean.shape), found.last_covariance[0])
-    return last, by_token(reading, count)
+    mean = found.last_mean[:, :rows, :width].reshape(initial.mean.shape)
+    return Belief(mean, found.last_covariance[0, :width, :width]), by_token(reading, count)

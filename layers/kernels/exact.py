@@ -74,23 +74,24 @@ def over_rows(function: Callable[..., Any]) -> Callable[..., Any]:
     return one
 
 
-def filter_head(head: Head, interpret: bool = False) -> Filtered:
+def filter_head(head: Head, values: int = WIDTH, interpret: bool = False) -> Filtered:
     """Filter one head.
 
     Args:
         head: keys and values 64 wide.
+        values: how many of a token's 64 values are seen; the others are 0 and no evidence.
         interpret: whether kernels are simulated on a CPU.
     """
-    filtered: Any = _filter_head(head, interpret)
+    filtered: Any = _filter_head(head, values, interpret)
     return filtered
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _filter_head(head: Head, interpret: bool) -> Filtered:
-    return _run(head, interpret, save=False)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _filter_head(head: Head, values: int, interpret: bool) -> Filtered:
+    return _run(head, values, interpret, save=False)[0]
 
 
-def _run(head: Head, interpret: bool, save: bool) -> tuple[Filtered, dict[str, Array]]:
+def _run(head: Head, values: int, interpret: bool, save: bool) -> tuple[Filtered, dict[str, Array]]:
     def rows(key, value, query, noise, log_decay, starts, added, covariance, mean):
         return filter_blocks(
             key,
@@ -107,20 +108,20 @@ def _run(head: Head, interpret: bool, save: bool) -> tuple[Filtered, dict[str, A
     surprise = found["whitened"][:, WIDTH:]
     scale = found["inverse_deviation"]
     log_scale = jnp.log(scale) - 0.5 * jnp.log(2 * jnp.pi)
-    evidence = WIDTH * log_scale - 0.5 * jnp.sum(surprise**2, axis=-1)
+    evidence = values * log_scale - 0.5 * jnp.sum(surprise**2, axis=-1)
     out = Filtered(
         found["mean"], found["variance"], evidence, found["last_covariance"], found["last_mean"]
     )
     return out, found
 
 
-def _forward(head: Head, interpret: bool):
-    out, found = _run(head, interpret, save=True)
+def _forward(head: Head, values: int, interpret: bool):
+    out, found = _run(head, values, interpret, save=True)
     kept = {name: found[name] for name in ("whitened", "inverse_deviation", "covariances", "means")}
     return out, (head, kept, out.last_covariance, out.last_mean)
 
 
-def _backward(interpret: bool, residuals, of: Filtered):
+def _backward(values: int, interpret: bool, residuals, of: Filtered):
     head, kept, last_covariance, last_mean = residuals
     total, document = sums(head.log_decay, head.starts, CHUNK)
     ratios = ratios_within(total, document)
@@ -138,7 +139,7 @@ def _backward(interpret: bool, residuals, of: Filtered):
         of.log_evidence,
         kept["inverse_deviation"],
     )
-    found = over_rows(partial(_reverse_rows, interpret))(
+    found = over_rows(partial(_reverse_rows, values, interpret))(
         head.key,
         head.query,
         kept["whitened"],
@@ -175,12 +176,14 @@ def _backward(interpret: bool, residuals, of: Filtered):
     )
 
 
-def _reverse_rows(interpret: bool, key, query, whitened, of_mean, *rest: Array):
+def _reverse_rows(values: int, interpret: bool, key, query, whitened, of_mean, *rest: Array):
     *numbers, means, covariances, of_last_mean, of_last_covariance = rest
     depth = 1 if key.dtype == jnp.bfloat16 else reverse.PIECES
     keys, queries = split(key, depth), split(query, depth)
     by_chunk = reverse.Numbers(*numbers).by_chunk()
-    found = reverse.local(keys, queries, whitened, of_mean, by_chunk, interpret=interpret)
+    found = reverse.local(
+        keys, queries, whitened, of_mean, by_chunk, values=values, interpret=interpret
+    )
     return reverse.recur(
         keys,
         queries,

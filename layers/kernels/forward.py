@@ -249,6 +249,8 @@ def _body(*refs, names, chunks, slots, lag, save, interpret):
             def _():
                 done = lax.rem(c - lag, slots)
                 mosaic.barrier_wait(free.at[done])
+                if lag == 0:  # this warpgroup's own warps may be reading the chunk yet
+                    mosaic.commit_smem()
                 fetch(c - lag + slots, done)
 
             return covariance

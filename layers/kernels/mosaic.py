@@ -71,8 +71,13 @@ def kernel(
     *,
     reduces: bool = True,
 ) -> Callable[..., Any]:
-    """A kernel whose warpgroups are axis "wg"; synchronisation is its body's own."""
-    simulated: dict[str, Any] = {"interpret": plgpu.InterpretGPUParams()} if interpret else {}
+    """A kernel whose warpgroups are axis "wg"; synchronisation is its body's own.
+
+    Interpreted, it prints every race between warpgroups that it finds.
+    """
+    simulated: dict[str, Any] = {}
+    if interpret:
+        simulated["interpret"] = plgpu.InterpretGPUParams(detect_races=True)
     return plgpu.kernel(
         body,
         out_type=tuple(out_type),

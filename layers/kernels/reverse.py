@@ -102,9 +102,19 @@ def local(
     of_mean: Float[Array, "row time value"],
     numbers: Float[Array, "row chunk number token"],
     *,
+    values: int = WIDTH,
     interpret: bool = False,
 ) -> tuple[Array, ...]:
     """What each chunk asks of its tokens, the states' cotangents aside.
+
+    Args:
+        key: in pieces, as are queries.
+        query: in pieces.
+        whitened: as the forward pass left it.
+        of_mean: cotangent of read-outs.
+        numbers: of every token (`Numbers`).
+        values: how many of a token's values are seen.
+        interpret: whether to run the kernel's simulation on a CPU.
 
     Returns:
         B, Θ and the cotangent of read-outs times ρ in pieces (row, chunk, piece, 64, 64); what
@@ -120,7 +130,7 @@ def local(
     operand = mosaic.SMEM((1, PIECES, *SQUARE), jnp.bfloat16, transforms=form)
     given = mosaic.SMEM((2, depth, *SQUARE), jnp.bfloat16, transforms=form)
     run = mosaic.kernel(
-        partial(_local, chunks=chunks, parts=parts, interpret=interpret),
+        partial(_local, chunks=chunks, parts=parts, values=values, interpret=interpret),
         out,
         {"row": rows, "part": parts},
         [
@@ -230,6 +240,7 @@ def _local(
     *scratch,
     chunks,
     parts,
+    values,
     interpret,
 ):
     row, part = lax.axis_index("row"), lax.axis_index("part")
@@ -305,7 +316,7 @@ def _local(
         mosaic.meet(met, interpret)
         inner = here.times((given, spare.T), (moved.T, reads))
         evidence = here.diagonal(here.along(numbers.of_evidence))
-        inner = here.halved(inner) + evidence * (WIDTH / 2)
+        inner = here.halved(inner) + evidence * (values / 2)
         mosaic.meet(met, interpret)
         inverse = _invert(
             factor, numbers.inverse_deviation, here, blocks, reads, inverses, spare, met
