@@ -1,6 +1,7 @@
 """Kernels against the filter token by token in float64: in the simulator, lowered, and on a GPU."""
 
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +79,11 @@ def differentiated(form):
     return lambda *inputs: jax.grad(objective, has_aux=True)(*inputs)
 
 
+@cache
+def compiled(form):
+    return jax.jit(differentiated(form))
+
+
 def expected(arguments: dict, starts) -> tuple[dict, dict]:
     """Gradients and outputs of the definition in float64, of the same rounded inputs."""
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
@@ -85,7 +91,7 @@ def expected(arguments: dict, starts) -> tuple[dict, dict]:
         exact = {
             name: jnp.asarray(np.asarray(part, np.float64)) for name, part in arguments.items()
         }
-        return jax.tree.map(np.asarray, jax.jit(differentiated(by_token))(exact, starts))
+        return jax.tree.map(np.asarray, compiled(by_token)(exact, starts))
 
 
 def errors(found: dict, reference: dict) -> dict[str, float]:
@@ -221,13 +227,9 @@ LENGTHS = (1, 15, 63, 64, 65, 130, 1000)
 FULL = Case(300, 64, 64, decay="scalar", drift="scalar", starts=(7, 70, 71, 128))
 
 
-def on_gpu(arguments, starts):
-    return jax.jit(differentiated(kernel_scan))(arguments, starts)
-
-
 def assert_on_gpu(arguments, starts, dtype, slack=1.0):
     """Values and every gradient; and twice, with equal bits."""
-    found, again = on_gpu(arguments, starts), on_gpu(arguments, starts)
+    found, again = (compiled(kernel_scan)(arguments, starts) for _ in range(2))
     for part, other in zip(jax.tree.leaves(found), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(part, other)
     assert_within(found, expected(arguments, starts), dtype, slack)
