@@ -43,42 +43,48 @@ def general_scan(
     if isinstance(policy, Exact | Forget):
         steps = _checked(steps, prior)
     time = jax.tree.leaves(inputs)[0].shape[0]
-    starts = jnp.zeros(time, bool) if starts is None else starts
-    mask = jnp.ones(time, bool) if mask is None else mask
 
     def pick(condition, first, second):
+        """`first` where the condition holds, token by token; `second` where there is none."""
+        if condition is None:
+            return second
         return jax.tree.map(lambda a, b: jnp.where(condition, a, b), first, second)
 
     if algorithm == "token" or time == 0:
 
         def body(belief, moment):
-            step, seen, u, begins, counts = moment
+            step, seen, u, begins, padding = moment
             before = pick(begins, prior, belief)
             after, added = advance_under(policy, before, prior, step, seen, u)
-            after = pick(counts, after, before)
-            return after, (after, jnp.where(counts, added, 0))
+            after, added = pick(padding, (before, jnp.zeros_like(added)), (after, added))
+            return after, (after, added)
 
+        padding = None if mask is None else ~mask
         last, (beliefs, evidence) = jax.lax.scan(
-            body, initial, (steps, observed, inputs, starts, mask)
+            body, initial, (steps, observed, inputs, starts, padding)
         )
     else:
         elements = jax.vmap(_element)(steps, observed)
-        elements = jax.vmap(pick)(
-            starts, jax.vmap(_from_prior, (0, 0, None))(steps, observed, prior), elements
-        )
-        elements = jax.vmap(pick, (0, 0, None))(mask, elements, _nothing(initial))
+        if starts is not None:
+            anew = jax.vmap(_from_prior, (0, 0, None))(steps, observed, prior)
+            elements = jax.vmap(pick)(starts, anew, elements)
+        if mask is not None:
+            elements = jax.vmap(pick, (0, None, 0))(~mask, _nothing(initial), elements)
         prefixes = jax.lax.associative_scan(jax.vmap(_combine), elements)
         ends = jax.vmap(_apply, (0, None))(prefixes, initial)
         before = jax.tree.map(
             lambda first, rest: jnp.concatenate([first[None], rest[:-1]]), initial, ends
         )
-        before = jax.vmap(pick, (0, None, 0))(starts, prior, before)
+        if starts is not None:
+            before = jax.vmap(pick, (0, None, 0))(starts, prior, before)
         beliefs, evidence = jax.vmap(advance)(before, steps, observed)
-        beliefs = jax.vmap(pick)(mask, beliefs, before)
-        evidence = jnp.where(mask, evidence, 0)
+        if mask is not None:
+            beliefs = jax.vmap(pick)(~mask, before, beliefs)
+            evidence = jnp.where(mask, evidence, 0)
         last = jax.tree.map(lambda leaf: leaf[-1], beliefs)
     reads = jax.vmap(exact.read)(beliefs, inputs)
-    reads = jax.tree.map(lambda part: jnp.where(mask[:, None], part, 0), reads)
+    if mask is not None:
+        reads = jax.tree.map(lambda part: jnp.where(mask[:, None], part, 0), reads)
     return last, reads, evidence
 
 
