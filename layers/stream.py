@@ -5,8 +5,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 Mean = Float[Array, "value key"]
-Width = Float[Array, "*width"]
-"""One number, or one per key."""
 
 
 class Stream(eqx.Module):

@@ -18,8 +18,6 @@ from .precision import exact_product
 from .rules import Additive, Diagonal, Forget, Isotropic, Reset, Restored, Rule
 from .stream import Belief, Reading, Stream
 
-Scalar = Float[Array, ""]
-
 
 def token_scan(
     stream: Stream, initial: Belief, prior: Belief, rule: Rule
