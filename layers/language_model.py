@@ -14,20 +14,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from .memory import Prediction
 from .mixer import MixerState, SequenceMixer, parameter_count
+from .norm import RootMeanSquareNorm
 
 MakeMixer = Callable[[PRNGKeyArray], SequenceMixer]
 
 
-class RootMeanSquareNorm(eqx.Module):
-    """Scaled to a root mean square of 1 over the last axis, then by one number per channel."""
-
-    scale: Float[Array, " d_model"]
-    epsilon: float = eqx.field(static=True, default=1e-6)
-
-    def __call__(self, x: Float[Array, "*time d_model"]) -> Float[Array, "*time d_model"]:
-        exact = x.astype(jnp.float32)
-        squares = jnp.mean(exact**2, axis=-1, keepdims=True)
-        return (exact * jax.lax.rsqrt(squares + self.epsilon) * self.scale).astype(x.dtype)
+NORM_EPSILON = 1e-6
 
 
 class GatedFeedForward(eqx.Module):
@@ -59,9 +51,9 @@ class Block(eqx.Module):
     def __init__(self, mixer: SequenceMixer, *, hidden: int | None = None, rng: PRNGKeyArray):
         d_model = mixer.d_model
         hidden = 4 * d_model if hidden is None else hidden
-        self.mixer_norm = RootMeanSquareNorm(jnp.ones(d_model))
+        self.mixer_norm = RootMeanSquareNorm(jnp.ones(d_model), NORM_EPSILON)
         self.mixer = mixer
-        self.feed_norm = RootMeanSquareNorm(jnp.ones(d_model))
+        self.feed_norm = RootMeanSquareNorm(jnp.ones(d_model), NORM_EPSILON)
         self.feed = GatedFeedForward(d_model, hidden, rng=rng)
 
     def __call__(
@@ -124,7 +116,7 @@ class LanguageModel(eqx.Module):
             rng_mixer, rng_feed = jax.random.split(rng_block)
             blocks.append(Block(make_mixer(rng_mixer), hidden=hidden, rng=rng_feed))
         self.blocks = tuple(blocks)
-        self.norm = RootMeanSquareNorm(jnp.ones(d_model))
+        self.norm = RootMeanSquareNorm(jnp.ones(d_model), NORM_EPSILON)
         self.head = None if tied else 0.02 * jax.random.normal(rng_head, (d_model, vocabulary))
 
     def __call__(

@@ -13,21 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from .memory import Memory, Prediction
+from .norm import RootMeanSquareNorm
 from .sources import GatedDecay, PerHead, Projected
 
 Source = Projected | PerHead | GatedDecay
 
 
-class HeadNorm(eqx.Module):
-    """Root-mean-square norm of every head's output, with one scale for all heads."""
-
-    scale: Float[Array, " value"]
-    epsilon: float = eqx.field(static=True, default=1e-5)
-
-    def __call__(self, x: Float[Array, "time heads value"]) -> Float[Array, "time heads value"]:
-        exact = x.astype(jnp.float32)
-        squares = jnp.mean(exact**2, axis=-1, keepdims=True)
-        return (exact * jax.lax.rsqrt(squares + self.epsilon) * self.scale).astype(x.dtype)
+HEAD_NORM_EPSILON = 1e-5
 
 
 class MixerState(eqx.Module):
@@ -43,7 +35,7 @@ class SequenceMixer(eqx.Module):
     Args:
         memory: one head's filter; all heads have the same, with inputs of their own.
         sources: where each input of the memory comes from.
-        norm: of every head's output; None leaves it as it is.
+        norm: of every head's output, with one scale for all heads; None leaves it as it is.
         gate: multiplies the normed output; None for no gate.
         out: (heads × value, d_model).
         name: what it is called.
@@ -51,7 +43,7 @@ class SequenceMixer(eqx.Module):
 
     memory: Memory
     sources: dict[str, Source]
-    norm: HeadNorm | None
+    norm: RootMeanSquareNorm | None
     gate: Projected | None
     out: Float[Array, "channel d_model"]
     name: str = eqx.field(static=True)
@@ -78,7 +70,7 @@ class SequenceMixer(eqx.Module):
         rng_gate, rng_out = jax.random.split(rng)
         width = memory.value_width
         self.memory, self.sources, self.heads, self.name = memory, dict(sources), heads, name
-        self.norm = HeadNorm(jnp.ones(width)) if norm else None
+        self.norm = RootMeanSquareNorm(jnp.ones(width), HEAD_NORM_EPSILON) if norm else None
         self.gate = Projected(d_model, heads, (width,), jax.nn.silu, rng=rng_gate) if gate else None
         channels = heads * width
         self.out = jax.random.normal(rng_out, (channels, d_model)) / channels**0.5
