@@ -10,7 +10,13 @@ from . import links
 from .memory import StreamMemory
 from .mixer import SequenceMixer, Source
 from .precision import MeanDtype
-from .published import DRIFT_BIAS, SHORT_CONVOLUTION, head_widths
+from .published import (
+    DRIFT_BIAS,
+    SHORT_CONVOLUTION,
+    gate_shapes,
+    head_widths,
+    written_and_read,
+)
 from .rules import Exact
 from .scans import Algorithm
 from .sources import GatedDecay, PerHead, Projected
@@ -79,43 +85,33 @@ def BayesianLayer(  # it makes a SequenceMixer, and is used as a class is
     key_width, value_width, groups = head_widths(d_model, heads, key_width, value_width, key_heads)
     shapes: dict[Rate, tuple[int, ...]] = {"scalar": (), "key": (key_width,)}
     rng_mixer, *rngs = jax.random.split(rng, 7)
-    convolved = {"taps": SHORT_CONVOLUTION}
-    sources: dict[str, Source] = {
-        "key": Projected(
-            d_model, heads, (key_width,), links.silu_unit, groups=groups, rng=rngs[0], **convolved
-        ),
-        "query": Projected(
-            d_model,
-            heads,
-            (key_width,),
-            links.scaled_silu_unit,
-            groups=groups,
-            rng=rngs[1],
-            **convolved,
-        ),
-        "value": Projected(d_model, heads, (value_width,), jax.nn.silu, rng=rngs[2], **convolved),
-        "noise": Projected(d_model, heads, (), links.bounded_noise, rng=rngs[3]),
+    parts = {
+        "key": ((key_width,), links.silu_unit, SHORT_CONVOLUTION),
+        "query": ((key_width,), links.scaled_silu_unit, SHORT_CONVOLUTION),
+        "value": ((value_width,), jax.nn.silu, SHORT_CONVOLUTION),
     }
-    widths: dict[str, tuple[int, ...]] = {"noise": ()}
+    sources = written_and_read(d_model, heads, groups, parts, rngs[:3])
+    gates: dict[str, Source] = {
+        "noise": Projected(d_model, heads, (), links.bounded_noise, rng=rngs[3])
+    }
     if decay != "none":
         rank = None if decay == "scalar" else value_width
-        sources["log_decay"] = GatedDecay(d_model, heads, shapes[decay], rank=rank, rng=rngs[4])
-        widths["log_decay"] = shapes[decay]
+        gates["log_decay"] = GatedDecay(d_model, heads, shapes[decay], rank=rank, rng=rngs[4])
     if drift != "none":
-        sources["drift"] = Projected(
+        gates["drift"] = Projected(
             d_model, heads, shapes[drift], links.drift, bias=DRIFT_BIAS, rng=rngs[5]
         )
-        widths["drift"] = shapes[drift]
     if restoration is not None:
         dial = jnp.full((heads,), float(restoration))
-        sources["restoration"] = PerHead(dial, unit_interval, learned=learn_restoration)
-        widths["restoration"] = ()
+        gates["restoration"] = PerHead(dial, unit_interval, learned=learn_restoration)
     memory = StreamMemory(
         value_width,
         key_width,
         Exact(),
-        tuple(sorted(widths.items())),
+        gate_shapes(gates),
         algorithm=algorithm,
         dtype=dtype,
     )
-    return SequenceMixer(memory, d_model, heads, sources, name="BayesianLayer", rng=rng_mixer)
+    return SequenceMixer(
+        memory, d_model, heads, sources | gates, name="BayesianLayer", rng=rng_mixer
+    )

@@ -11,7 +11,7 @@ from inference.certificate import Certificate
 from . import links as link_functions
 from .compiled import compile_filter
 from .mixer import SequenceMixer, Source
-from .published import DRIFT_BIAS, SHORT_CONVOLUTION
+from .published import DRIFT_BIAS, SHORT_CONVOLUTION, sharing
 from .scans import Algorithm
 from .sources import Link, Projected, identity, unit
 
@@ -36,6 +36,7 @@ def compile_layer(
     d_model: int,
     *,
     heads: int = 1,
+    key_heads: int | None = None,
     model: DesignModel | None = None,
     links: Mapping[str, Link] | None = None,
     algorithm: Algorithm | None = None,
@@ -51,6 +52,8 @@ def compile_layer(
         certificate: what `inference.verify` returned for the model.
         d_model: width of the sequence.
         heads: memories side by side, each with inputs of its own.
+        key_heads: heads that have a `key` and a `query` of their own, shared by groups of heads;
+            all where left out.
         model: the same design model at the widths wanted; the verified one where left out.
         links: for inputs of other names (or to change a link): `{"gate": jax.nn.sigmoid}`.
         algorithm: how sequences are computed; the fastest that the structure allows where left out.
@@ -62,10 +65,11 @@ def compile_layer(
 
     Raises:
         TypeError: `certificate` is not a certificate.
-        ValueError: it does not hold, or an input has no link.
+        ValueError: it does not hold, an input has no link, or `key_heads` does not divide `heads`.
         NotLinearGaussian: the wider model is refused, or has another structure.
     """
     memory = compile_filter(certificate, model, algorithm=algorithm)
+    groups = sharing(heads, key_heads)
     given = {} if links is None else dict(links)
     unknown = sorted(set(given) - set(memory.inputs))
     if unknown:
@@ -81,7 +85,14 @@ def compile_layer(
     for (name, shape), rng_source in zip(sorted(memory.inputs.items()), rngs, strict=True):
         link, bias, taps = LINKS.get(name, (identity, 0.0, None))
         sources[name] = Projected(
-            d_model, heads, shape, given.get(name, link), bias=bias, taps=taps, rng=rng_source
+            d_model,
+            heads,
+            shape,
+            given.get(name, link),
+            bias=bias,
+            taps=taps,
+            groups=groups if name in ("key", "query") else 1,
+            rng=rng_source,
         )
     return SequenceMixer(
         memory, d_model, heads, sources, name=f"compiled {certificate.name}", rng=rng_mixer

@@ -21,40 +21,26 @@ and Kalman Linear Attention's surrounding blocks. A delta rule's β with keys of
 of a reset covariance σ² at noise r = σ²(1 − β)/β.
 """
 
-import equinox as eqx
+from collections.abc import Mapping, Sequence
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
-from design_models.catalogue import recurrence
+from design_models.catalogue import ENTRIES, INCREMENTS, recurrence
 
 from . import links
 from .entries import EntryMemory
 from .memory import Memory, StreamMemory
 from .mixer import SequenceMixer, Source
 from .precision import MeanDtype
-from .rules import Additive, Diagonal, Exact, Forget, Isotropic, Reset, Rule
+from .rules import Additive, Exact, Reset
 from .scans import Algorithm
 from .sources import GatedDecay, Link, PerHead, Projected, identity, step_bias
 
 DRIFT_BIAS = -6.0
 """Drift starts near 0.0025 a step."""
 
-_RULES: dict[str, Rule] = {
-    "linear_attention": Additive(),
-    "retnet": Additive(),
-    "gla": Additive(),
-    "mamba2": Additive(),
-    "deltanet": Reset(1.0),
-    "gated_deltanet": Reset(1.0),
-    "kda": Reset(1.0),
-    "deltaproduct": Reset(1.0),
-    "mesanet": Forget(),
-    "kalman_delta_isotropic": Isotropic(),
-    "kalman_delta_diagonal": Diagonal(),
-    "bayesian_static": Exact(),
-    "bayesian_layer": Exact(),
-}
 SHORT_CONVOLUTION = 4
 _PLAIN = ("linear_attention", "retnet", "gla", "kalman_linear_attention")
 _UNGATED = ("linear_attention", "deltanet", "mesanet")
@@ -90,23 +76,19 @@ def published_mixer(
         ModelError: the catalogue has no such name.
         ValueError: widths or heads do not divide.
     """
-    recurrence(name)
+    recurrence(name)  # or the error that names the closest
     key_width, value_width, groups = head_widths(d_model, heads, key_width, value_width, key_heads)
     rng_mixer, *rngs = jax.random.split(rng, 5)
     gates = _gates(name, d_model, heads, value_width, key_width, rngs[0])
     memory = _memory(name, value_width, key_width, gates, algorithm, dtype)
-    key_link, query_link, value_link = _links(name)
     taps = None if name in _PLAIN else SHORT_CONVOLUTION
-    shapes = memory.inputs
-
-    def project(part: str, link: Link, rng: PRNGKeyArray, groups: int, taps: int | None) -> Source:
-        return Projected(d_model, heads, shapes[part], link, taps=taps, groups=groups, rng=rng)
-
-    sources = {
-        "key": project("key", key_link, rngs[1], groups, taps),
-        "query": project("query", query_link, rngs[2], groups, taps),
-        "value": project("value", value_link, rngs[3], 1, None if name == "mesanet" else taps),
+    key_link, query_link, value_link = _links(name)
+    parts = {
+        "key": (memory.inputs["key"], key_link, taps),
+        "query": (memory.inputs["query"], query_link, taps),
+        "value": (memory.inputs["value"], value_link, None if name == "mesanet" else taps),
     }
+    sources = written_and_read(d_model, heads, groups, parts, rngs[1:])
     return SequenceMixer(
         memory,
         d_model,
@@ -116,6 +98,36 @@ def published_mixer(
         gate=name not in _UNGATED,
         rng=rng_mixer,
     )
+
+
+def written_and_read(
+    d_model: int,
+    heads: int,
+    groups: int,
+    parts: Mapping[str, tuple[tuple[int, ...], Link, int | None]],
+    rngs: Sequence[PRNGKeyArray],
+) -> dict[str, Source]:
+    """Projections of keys, queries and values.
+
+    Args:
+        d_model: width of the sequence.
+        heads: memories side by side.
+        groups: heads that share a key and a query.
+        parts: shape, link and taps of each.
+        rngs: for the initial parameters of each.
+    """
+    return {
+        part: Projected(
+            d_model,
+            heads,
+            shape,
+            link,
+            taps=taps,
+            groups=1 if part == "value" else groups,
+            rng=rng,
+        )
+        for (part, (shape, link, taps)), rng in zip(parts.items(), rngs, strict=True)
+    }
 
 
 def head_widths(
@@ -135,37 +147,40 @@ def head_widths(
             f"`d_model` is {d_model}, no multiple of `heads`, {heads}; give `key_width` and "
             "`value_width`."
         )
+    width = d_model // heads
+    return key_width or width, value_width or width, sharing(heads, key_heads)
+
+
+def sharing(heads: int, key_heads: int | None) -> int:
+    """How many heads share each key.
+
+    Raises:
+        ValueError: `key_heads` does not divide `heads`.
+    """
     if heads % (key_heads or heads):
         raise ValueError(f"`heads` is {heads}; it must be a multiple of `key_heads`, {key_heads}.")
-    width = d_model // heads
-    return key_width or width, value_width or width, heads // (key_heads or heads)
+    return heads // (key_heads or heads)
 
 
 def _memory(name, value_width, key_width, gates, algorithm: Algorithm, dtype) -> Memory:
-    if name in ("kalman_linear_attention", "longhorn"):
-        rule = Exact() if name == "kalman_linear_attention" else Reset(1.0)
-        return EntryMemory(value_width, key_width, rule)
-    observations = 2 if name == "deltaproduct" else 1
-    widths = tuple((gate, _shape_of(source)) for gate, source in sorted(gates.items()))
+    entry = recurrence(name)
+    if entry.assumption == ENTRIES:
+        assert isinstance(entry.policy, Exact | Reset)
+        return EntryMemory(value_width, key_width, entry.policy)
     return StreamMemory(
         value_width,
         key_width,
-        _RULES[name],
-        widths,
-        observations,
+        Additive() if entry.assumption == INCREMENTS else entry.policy,
+        gate_shapes(gates),
+        observations=2 if name == "deltaproduct" else 1,
         algorithm=algorithm,
         dtype=dtype,
     )
 
 
-def _shape_of(source: Source) -> tuple[int, ...]:
-    match source:
-        case Projected():
-            return source.shape
-        case GatedDecay():
-            return source.projection.shape
-        case _:
-            return source.parameter.shape[1:]
+def gate_shapes(gates: Mapping[str, Source]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """The inputs of a `StreamMemory` that gates give, with their shapes at one token."""
+    return tuple((name, source.shape) for name, source in sorted(gates.items()))
 
 
 def _links(name: str) -> tuple[Link, Link, Link]:
@@ -189,60 +204,60 @@ def _gates(
     """Where everything but keys, queries and values comes from."""
     rngs = jax.random.split(rng, 3)
 
-    def project(shape, link: Link, rng: PRNGKeyArray, bias: float | None = None, rank=None):
+    def project(shape, link: Link, rng: PRNGKeyArray, bias=None, rank=None):
         return Projected(d_model, heads, shape, link, bias=bias, rank=rank, rng=rng)
 
-    strength = project((), links.noise_of_strength, rngs[0])
-    bounded = project((), links.bounded_noise, rngs[0])
-    noise = project((), links.bounded_softplus, rngs[0])
-    by_head = GatedDecay(d_model, heads, rng=rngs[1])
-    by_key = GatedDecay(d_model, heads, (key_width,), rank=value_width, rng=rngs[1])
-    drift = project((), links.drift, rngs[2], DRIFT_BIAS)
+    def noise(link: Link, shape: tuple[int, ...] = (), bias: float | None = None):
+        return project(shape, link, rngs[0], bias)
+
+    def decay(shape: tuple[int, ...] = ()):
+        rank = value_width if shape else None
+        return GatedDecay(d_model, heads, shape, rank=rank, rng=rngs[1])
+
+    def drift(shape: tuple[int, ...] = ()):
+        return project(shape, links.drift, rngs[2], DRIFT_BIAS)
+
     match name:
         case "linear_attention":
             return {}
         case "retnet":
-            decay = jnp.log1p(-(2.0 ** (-5 - jnp.arange(heads))))
-            return {"log_decay": PerHead(decay, identity, learned=False)}
+            log_decay = jnp.log1p(-(2.0 ** (-5 - jnp.arange(heads))))
+            return {"log_decay": PerHead(log_decay, identity, learned=False)}
         case "gla":
             return {"log_decay": project((key_width,), links.log_forget, rngs[1], 0.0, 16)}
         case "mamba2":
             rate = jnp.log(jax.random.uniform(rngs[1], (heads,), minval=1.0, maxval=16.0))
-            step = project((), links.softplus, rngs[0], 0.0)
-            step = _with_bias(step, step_bias(rngs[2], (heads,)))
+            step = project((), links.softplus, rngs[0], step_bias(rngs[2], (heads,)))
             return {"log_decay": PerHead(rate, links.negative_exp), "step": step}
         case "deltanet":
-            return {"noise": strength}
+            return {"noise": noise(links.noise_of_strength)}
         case "gated_deltanet":
-            return {"noise": strength, "log_decay": by_head}
+            return {"noise": noise(links.noise_of_strength), "log_decay": decay()}
         case "kda":
-            return {"noise": strength, "log_decay": by_key}
+            return {"noise": noise(links.noise_of_strength), "log_decay": decay((key_width,))}
         case "deltaproduct":
-            return {"noise": project((2,), links.noise_of_strength, rngs[0])}
+            return {"noise": noise(links.noise_of_strength, (2,))}
         case "longhorn":
-            return {"noise": project((value_width,), links.noise_of_weight, rngs[0])}
+            return {"noise": noise(links.noise_of_weight, (value_width,))}
         case "mesanet":
             return {
-                "noise": project((), links.noise_of_weight, rngs[0], 0.0),
+                "noise": noise(links.noise_of_weight, bias=0.0),
                 "rate": project((), links.sigmoid, rngs[1], 4.0),
             }
         case "kalman_linear_attention":
             entry = (heads, value_width, key_width)
             return {
-                "noise": project((value_width,), links.bounded_softplus, rngs[0]),
+                "noise": noise(links.bounded_softplus, (value_width,)),
                 "log_decay": PerHead(step_bias(rngs[1], entry), links.log_decay),
                 "drift": PerHead(jnp.full(entry, DRIFT_BIAS), links.drift),
             }
-        case "kalman_delta_isotropic":
-            return {"noise": noise, "log_decay": by_key, "drift": drift}
-        case "kalman_delta_diagonal":
-            per_key = project((key_width,), links.drift, rngs[2], DRIFT_BIAS)
-            return {"noise": noise, "log_decay": by_key, "drift": per_key}
+        case "kalman_delta_isotropic" | "kalman_delta_diagonal":
+            return {
+                "noise": noise(links.bounded_softplus),
+                "log_decay": decay((key_width,)),
+                "drift": drift((key_width,) if name == "kalman_delta_diagonal" else ()),
+            }
         case "bayesian_static":
-            return {"noise": bounded}
+            return {"noise": noise(links.bounded_noise)}
         case _:
-            return {"noise": bounded, "log_decay": by_head, "drift": drift}
-
-
-def _with_bias(source: Projected, bias: Array) -> Projected:
-    return eqx.tree_at(lambda source: source.bias, source, bias)
+            return {"noise": noise(links.bounded_noise), "log_decay": decay(), "drift": drift()}

@@ -78,7 +78,7 @@ class Projected(eqx.Module):
     Args:
         down: (d_model, rank) where the projection goes through few channels, or None.
         weight: (d_model or rank, channels), channels = source heads × the input's size.
-        bias: one number per channel, or None.
+        bias: one number per channel, or None; in the constructor one for all, or (heads, *shape).
         convolution: over time, or None.
         shape: the input's shape at one token.
         heads: heads that the mixer has.
@@ -102,7 +102,7 @@ class Projected(eqx.Module):
         shape: tuple[int, ...],
         link: Link = identity,
         *,
-        bias: float | None = None,
+        bias: Array | float | None = None,
         taps: int | None = None,
         groups: int = 1,
         rank: int | None = None,
@@ -114,7 +114,7 @@ class Projected(eqx.Module):
         channels = heads // groups * math.prod(shape)
         self.down = None if rank is None else _scaled_normal(rng_down, (d_model, rank))
         self.weight = _scaled_normal(rng_weight, (rank or d_model, channels))
-        self.bias = None if bias is None else jnp.full((channels,), bias)
+        self.bias = None if bias is None else jnp.broadcast_to(jnp.ravel(bias), (channels,))
         self.convolution = None if taps is None else ShortConvolution(channels, taps, rng=rng_taps)
         self.link, self.shape, self.heads, self.groups = link, shape, heads, groups
 
@@ -138,6 +138,10 @@ class PerHead(eqx.Module):
     parameter: Float[Array, "*heads_and_shape"]
     link: Link
     learned: bool = eqx.field(static=True, default=True)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.parameter.shape[1:]
 
     def init_state(self) -> None:
         return None
@@ -176,6 +180,10 @@ class GatedDecay(eqx.Module):
         self.rate = jnp.log(jax.random.uniform(rng_rate, (heads,), minval=1e-3, maxval=16.0))
         self.bias = step_bias(rng_step, (heads, *shape))
         self.projection = Projected(d_model, heads, shape, rank=rank, rng=rng_projection)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.projection.shape
 
     def init_state(self) -> None:
         return None
