@@ -18,7 +18,7 @@ from inference.derivation import draft
 from inference.kinship import Kinship
 from inference.oracles import joint, nuts, simulation
 from inference.oracles.check import Check
-from layers import compile_filter
+from layers import compile_filter, compile_layer
 from layers.compiled import CellMemory, GeneralMemory, KeyedMemory
 from layers.rules import Additive
 
@@ -98,8 +98,11 @@ def assert_same(ours, theirs, tolerance=TOLERANCE):
         np.testing.assert_allclose(own, other, rtol=tolerance, atol=tolerance)
 
 
-def assert_compile_to(exact, policy, u, *compiled, gradients=False):
-    """These memories, and the first one step by step, are the filter: all in one program."""
+def assert_compile_to(exact, policy, u, *compiled, gradients=False, general=()):
+    """These memories, and the first one step by step, are the filter: all in one program.
+
+    The `general` ones differentiate as the filter does, and are compared in value alone.
+    """
     forms = [lambda u: filtered(exact, policy, u)]
     forms += [lambda u, m=m: said(m(u, m.init_state())[0]) for m in compiled]
 
@@ -112,25 +115,21 @@ def assert_compile_to(exact, policy, u, *compiled, gradients=False):
 
     @partial(jax.jit, compiler_options=FAST)
     def everything(u):
-        return said(decode(compiled[0], u)), [both(form)(u) for form in forms]
+        stepwise = [said(decode(compiled[0], u))]
+        others = [said(memory(u, memory.init_state())[0]) for memory in general]
+        return stepwise + others, [both(form)(u) for form in forms]
 
-    decoded, (expected, *found) = everything(u)
-    assert_same(decoded, expected[1])
+    plain, (expected, *found) = everything(u)
+    for outputs in plain:
+        assert_same(outputs, expected[1])
     for slopes, outputs in found:
         assert_same(outputs, expected[1])
         assert_same(slopes, expected[0], 1e-8)
 
 
 ALGORITHMS = ("token", "chunked", "parallel")
-GENERAL = {
-    "bayesian_layer": ("token",),
-    "deltaproduct": ("token",),
-    "mesanet": ("token",),
-    "kalman_delta_diagonal": ("token",),
-    "gla": ("parallel",),
-    "kalman_linear_attention": ("parallel",),
-}
-"""Recurrences that also run in the general form here."""
+GENERAL = ("bayesian_layer", "deltaproduct", "mesanet", "kalman_delta_diagonal")
+"""Recurrences that also run in the general form here, one of each policy."""
 
 RULES = {
     "bayesian_layer": KeyedMemory,
@@ -153,9 +152,12 @@ def test_every_form_of_every_rule_is_its_filter_with_its_gradients(name):
     if isinstance(memory, KeyedMemory):
         others = [a for a in ALGORITHMS if a != memory.algorithm]
         forms += [KeyedMemory(exact, memory.rule, algorithm) for algorithm in others]
-    forms += [GeneralMemory(exact, policy, algorithm, "") for algorithm in GENERAL.get(name, ())]
-    u = CATALOGUE[name].model().draw_inputs(jax.random.key(1), STEPS)
-    assert_compile_to(exact, policy, u, *forms, gradients=True)
+    if name in ("gla", "kalman_linear_attention"):
+        forms.append(GeneralMemory(exact, policy, "parallel", ""))
+    general = [GeneralMemory(exact, policy, "token", "")] if name in GENERAL else []
+    steps = CHUNKS if name == "bayesian_layer" else STEPS
+    u = CATALOGUE[name].model().draw_inputs(jax.random.key(1), steps)
+    assert_compile_to(exact, policy, u, *forms, gradients=True, general=general)
 
 
 @pytest.mark.parametrize("name", sorted(set(CATALOGUE) - set(RULES)))
@@ -165,13 +167,6 @@ def test_a_compiled_recurrence_is_its_filter(name):
     assert (memory.algorithm, memory.why) == ("chunked", "")
     u = CATALOGUE[name].model().draw_inputs(jax.random.key(1), STEPS)
     assert_compile_to(drafted(name), CATALOGUE[name].policy, u, memory)
-
-
-def test_chunks_of_the_bayesian_layer_are_its_filter():
-    exact = drafted("bayesian_layer")
-    u = exact.model.draw_inputs(jax.random.key(1), CHUNKS)
-    forms = [KeyedMemory(exact, EXACT, algorithm) for algorithm in ("chunked", "parallel")]
-    assert_compile_to(exact, EXACT, u, *forms)
 
 
 # -- models outside the catalogue -----------------------------------------------------------------
@@ -371,11 +366,11 @@ def test_a_sequence_may_be_empty_or_one_token(name):
 def test_a_verified_filter_compiles_at_other_widths():
     design = CATALOGUE["bayesian_layer"].model
     certificate = certify(drafted("bayesian_layer"))
-    wide = compile_filter(certificate, model=design(4, 3), algorithm="token")
+    wide = compile_filter(certificate, model=design(4, 2), algorithm="token")
     assert wide.value_width == 4
-    assert wide.inputs["key"] == (3,)
-    u = design(4, 3).draw_inputs(jax.random.key(0), STEPS)
-    assert_compile_to(draft(design(4, 3)), EXACT, u, wide)
+    assert wide.inputs["key"] == (2,)
+    u = design(4, 2).draw_inputs(jax.random.key(0), STEPS)
+    assert_compile_to(draft(design(4, 2)), EXACT, u, wide)
 
 
 @pytest.fixture(scope="module")
@@ -454,3 +449,16 @@ def test_a_filter_that_ran_in_float64_compiles_to_float32(certificates):
     with jax.enable_x64(True):
         exact.run(exact.model.draw_inputs(jax.random.key(0), 3))
     assert compile_filter(certificates["bayesian_layer"]).init_state().mean.dtype == jnp.float32
+
+
+def test_float32_layers_share_keys_and_queries_between_heads(certificates):
+    def sources(**options):
+        layer = compile_layer(certificates["gla"], 8, heads=4, **options, rng=jax.random.key(0))
+        return layer.sources
+
+    shared = sources(key_heads=2)
+    for name, source in sources().items():
+        groups = 2 if name in ("key", "query") else 1
+        assert shared[name].weight.size == source.weight.size // groups
+    with pytest.raises(ValueError, match="`heads` is 4; it must be a multiple of `key_heads`, 3"):
+        sources(key_heads=3)

@@ -25,6 +25,7 @@ def test_the_user_writes_less_than_sixty_lines():
 
 @pytest.mark.nuts
 @pytest.mark.slow
+@pytest.mark.xdist_group("kin")  # what verification derives of the catalogue is shared
 def test_a_new_recurrence_is_verified_compiled_and_trained(capsys):
     specification = importlib.util.spec_from_file_location("new_recurrence", EXAMPLE)
     example = importlib.util.module_from_spec(specification)
