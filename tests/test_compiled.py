@@ -99,9 +99,10 @@ def assert_same(ours, theirs, tolerance=TOLERANCE):
 
 
 def assert_compile_to(exact, policy, u, *compiled, gradients=False, general=()):
-    """These memories, and the first one step by step, are the filter: all in one program.
+    """These memories are the filter: all in one program.
 
-    The `general` ones differentiate as the filter does, and are compared in value alone.
+    Where gradients are compared, so is the first memory step by step. The `general` ones
+    differentiate as the filter does, and are compared in value alone.
     """
     forms = [lambda u: filtered(exact, policy, u)]
     forms += [lambda u, m=m: said(m(u, m.init_state())[0]) for m in compiled]
@@ -115,7 +116,7 @@ def assert_compile_to(exact, policy, u, *compiled, gradients=False, general=()):
 
     @partial(jax.jit, compiler_options=FAST)
     def everything(u):
-        stepwise = [said(decode(compiled[0], u))]
+        stepwise = [said(decode(compiled[0], u))] if gradients else []
         others = [said(memory(u, memory.init_state())[0]) for memory in general]
         return stepwise + others, [both(form)(u) for form in forms]
 
@@ -333,7 +334,10 @@ def test_packed_documents_are_filtered_as_if_alone(form):
     def everything(u, spoilt):
         documents = {key: array[places] for key, array in u.items()}
         alone = jax.vmap(lambda u: filtered(exact, policy, u))(documents)
-        last = memory({key: array[2] for key, array in documents.items()}, memory.init_state())[1]
+        last = ()
+        if form in ("in chunks", "by entry", "in general"):  # the state after the third alone
+            third = {key: array[2] for key, array in documents.items()}
+            last = memory(third, memory.init_state())[1]
         if form in ("by token", "in general"):
             return ({}, packed(spoilt)[1]), alone, last
         return jax.grad(packed, has_aux=True)(spoilt), alone, last
@@ -342,7 +346,8 @@ def test_packed_documents_are_filtered_as_if_alone(form):
         u, spoilt
     )
     assert_same([part[places] for part in said(prediction)], alone)
-    assert_same(state, last)
+    if last != ():
+        assert_same(state, last)
     for part in jax.tree.leaves((prediction, slopes)):
         np.testing.assert_array_equal(part[~mask], 0)
         assert np.all(np.isfinite(part))
