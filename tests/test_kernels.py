@@ -261,9 +261,22 @@ def test_documents_absent_rates_and_wide_values_on_a_gpu(case, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("weakest", [-5.0, -50.0, -1000.0])
+@pytest.mark.parametrize("weakest", [-5.0, -50.0])
 def test_strong_decay_on_a_gpu(weakest, dtype):
     assert_on_gpu(*draw(replace(FULL, weakest=weakest), dtype), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_decay_that_forgets_everything_on_a_gpu(dtype):
+    """Log decays down to −1000: their own gradient is 1e-5 of the keys', and its error rounding."""
+    arguments, starts = draw(replace(FULL, weakest=-1000.0), dtype)
+    gradients, values = compiled(kernel_scan)(arguments, starts)
+    exact, right = expected(arguments, starts)
+    found = np.asarray(gradients.pop("log_decay"), np.float64)
+    error = np.linalg.norm(found - exact.pop("log_decay"))
+    assert error < 1e-5 * np.linalg.norm(exact["key"])
+    assert_within((gradients, values), (exact, right), dtype)
 
 
 LASTING = Case(192, 64, 64)

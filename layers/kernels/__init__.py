@@ -8,7 +8,9 @@ inputs, relative by norm, as tests/test_kernels.py says case by case: any decay;
 of the prior variance where the memory drifts, and to 1e-2 where nothing drifts or decays. There,
 with keys of cosine 0.9, products in two pieces of bfloat16 cost more as noise falls: at 1e-3 of
 the prior variance 3e-5 of read-outs, 1e-3 of the keys' gradient and 4e-3 of the initial
-covariance's; at 1e-4, 2e-4, 3e-2 and 2e-1, where XLA in float32 has 1e-4, 3e-4 and 1e-3.
+covariance's; at 1e-4, 2e-4, 3e-2 and 2e-1, where XLA in float32 has 1e-4, 3e-4 and 1e-3. Where
+almost every decay is below exp(−50), the decays' own gradient all but vanishes, and what the
+kernels say of it is rounding: about 2e-6 of the keys' gradient.
 """
 
 from .dispatch import Backend as Backend
