@@ -3,12 +3,13 @@ SHELL := /bin/bash
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup verify test check clean help
+.PHONY: setup verify test test-all check clean help
 
 help:
 	@echo "make setup    prepare .venv"
 	@echo "make verify   derive and verify the catalogue, then recall real data with its filters"
 	@echo "make test     run the test suite"
+	@echo "make test-all the suite and the tests that repeat a claim on more of the catalogue"
 	@echo "make check    lint, formatting, types, import directions"
 
 setup: $(READY)
@@ -28,6 +29,9 @@ verify: setup
 
 test: setup
 	@$(BIN)/python -m pytest -n auto --dist loadgroup --quiet
+
+test-all: setup
+	@$(BIN)/python -m pytest -n auto --dist loadgroup --quiet -m ""
 
 check: setup
 	@$(BIN)/ruff check .

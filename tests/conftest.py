@@ -1,6 +1,7 @@
 """What every test file shares: how programs are compiled, and skips."""
 
 import os
+from pathlib import Path
 
 import jax
 import pytest
@@ -19,3 +20,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         reason = f"needs a CUDA device; JAX runs on {jax.default_backend()} here"
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+_MAPS = Path("/proc/self/maps")
+_MOST_MAPS = 40_000
+"""Every compiled program takes a few memory maps, of which Linux grants a process 65,530; the
+compiler crashes without."""
+
+
+@pytest.fixture(autouse=True)
+def _forget_programs_before_maps_run_out(request):
+    yield
+    session = request.session
+    session.tests_run = getattr(session, "tests_run", 0) + 1
+    if session.tests_run % 10 == 0 and _MAPS.exists():
+        with _MAPS.open("rb") as maps:
+            crowded = sum(1 for _ in maps) > _MOST_MAPS
+        if crowded:
+            jax.clear_caches()

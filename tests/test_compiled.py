@@ -144,8 +144,14 @@ RULES = {
 }
 """A recurrence of every rule, and the form it takes."""
 
+MORE = ("deltaproduct", "mesanet", "kalman_delta_isotropic", "longhorn")
+"""Rules whose scans tests/test_scans.py differentiates in every form."""
 
-@pytest.mark.parametrize("name", RULES)
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.exhaustive] if name in MORE else []) for name in RULES],
+)
 def test_every_form_of_every_rule_is_its_filter_with_its_gradients(name):
     exact, policy, memory = drafted(name), CATALOGUE[name].policy, compiled(name)
     assert isinstance(memory, RULES[name])

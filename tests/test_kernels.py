@@ -133,6 +133,7 @@ def test_simulated_values_of_128_rows_and_their_gradients_are_the_definition():
     assert_within(found, expected(arguments, starts), "bfloat16")
 
 
+@pytest.mark.exhaustive
 def test_simulated_values_of_a_narrow_memory_and_their_gradients_are_the_definition():
     case = Case(20, 24, 40, decay="scalar", drift="scalar", starts=(3,))
     arguments, starts = draw(case, "float32")

@@ -14,7 +14,7 @@ from design_models.policy import Reset
 from inference.derivation import draft
 from inference.smoothing import smooth
 
-WIDTHS = st.sampled_from([(3, 2), (1, 4)])
+WIDTHS = st.just((2, 3))
 SEEDS = st.integers(0, 2**32 - 1)
 STEPS = 5
 pytestmark = pytest.mark.xdist_group("laws")

@@ -22,7 +22,7 @@ from design_models.policy import Diagonal, Exact, Forget, Isotropic, Policy, Res
 from inference.derivation import draft
 
 STEPS = 12
-WIDTHS = [(3, 4), (2, 5)]
+WIDTHS = [(3, 4)]
 SEEDS = [0, 1, 2]
 
 

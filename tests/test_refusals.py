@@ -24,6 +24,7 @@ from numpyro.infer import reparam
 
 from design_models import DesignModel, ModelError
 from inference import NotLinearGaussian, NotSupported, derive
+from inference.derivation import draft
 
 STEPS, WIDTH = 2, 2
 
@@ -1424,7 +1425,7 @@ def memory_of_rank_one():
 def test_model_is_accepted_and_its_filter_conditions_the_joint_density(name):
     model, inputs = ACCEPTED[name], draw_inputs()
     expected = condition_densely(model, inputs)
-    assert_filter_conditions_densely(derive(model, inputs), inputs, expected)
+    assert_filter_conditions_densely(draft(model, inputs), inputs, expected)
 
 
 def test_covariance_in_float32_rounds_the_density_of_numpyro_and_not_the_filter():
