@@ -1,5 +1,7 @@
 """Mixers for training by name: of the catalogue, attention, or a model of the user's."""
 
+from functools import cache
+
 import jax
 from jaxtyping import PRNGKeyArray
 
@@ -13,6 +15,7 @@ from .user_files import load_subject
 ATTENTION = "attention"
 
 
+@cache  # a model of the user's is verified once, though asked for before the run and in it
 def mixer_maker(layer: str, heads: int) -> MakeMixer:
     """Return (d_model, rng) -> mixer.
 
