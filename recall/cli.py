@@ -454,8 +454,8 @@ def _recall(request: argparse.Namespace) -> tuple[int, Any]:
 def _batch(request: argparse.Namespace) -> tuple[int, Any]:
     from design_models import ModelError
 
+    from .mqar import UNLABELLED
     from .tasks.catalogue import TASKS, draw, write_batch
-    from .tasks.zoology import UNLABELLED
 
     task = TASKS[request.task]
     batch = draw(

@@ -6,9 +6,10 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float, Int
 
+from .mqar import UNLABELLED
 from .tasks.catalogue import Batch, Rows, draw
 from .tasks.mad import FuzzyRecall, InContextRecall
-from .tasks.zoology import UNLABELLED, Zoology
+from .tasks.zoology import Zoology
 
 _SEEDS = 2**31
 

@@ -8,13 +8,13 @@ import pytest
 
 from design_models import ModelError
 from recall.cli import main
-from recall.mqar import read_batch, shipped_batch
+from recall.mqar import UNLABELLED, read_batch, shipped_batch
 from recall.task_options import TASK_NAMES
 from recall.tasks import associative, mad, zoology
 from recall.tasks.associative import ASKED, AssociativeRecall
 from recall.tasks.catalogue import TASKS, draw
 from recall.tasks.mad import FuzzyRecall, InContextRecall, SelectiveCopy
-from recall.tasks.zoology import UNLABELLED, Zoology
+from recall.tasks.zoology import Zoology
 
 DATA = Path(__file__).parent / "data"
 

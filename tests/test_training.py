@@ -16,13 +16,14 @@ from recall.cli import main
 from recall.courses import Course, Segment, held_out, questions
 from recall.evaluation import auroc, calibration_error, evaluate
 from recall.layers_by_name import mixer_maker
+from recall.mqar import UNLABELLED
 from recall.plans import Plan, as_data, from_data, harder, small_plan, zoology_plan
 from recall.run import _that_see
 from recall.run_folder import RunFolder
 from recall.sweep import summary
 from recall.tasks.associative import AssociativeRecall
 from recall.tasks.catalogue import TASKS, Batch
-from recall.tasks.zoology import UNLABELLED, Zoology
+from recall.tasks.zoology import Zoology
 from recall.training import start, train
 
 ROWS = AssociativeRecall(codes=16, pairs=4)

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 
 from design_models import ModelError
 
-from .zoology import UNLABELLED
+from ..mqar import UNLABELLED
 
 ASKED = -1
 """In place of a value's number where one is asked for."""

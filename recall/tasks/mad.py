@@ -20,7 +20,7 @@ from jaxtyping import Int
 
 from design_models import ModelError
 
-from .zoology import UNLABELLED
+from ..mqar import UNLABELLED
 
 Row = tuple[list[int], list[int]]
 """A row's tokens, and what the row itself decides at each."""

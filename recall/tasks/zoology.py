@@ -20,7 +20,7 @@ from jaxtyping import Int
 
 from design_models import ModelError
 
-UNLABELLED = -100
+from ..mqar import UNLABELLED
 
 
 @dataclass(frozen=True)
