@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn, Literal
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 from jaxtyping import Array, Float
 
 from . import locations
@@ -100,30 +100,27 @@ def with_open_choices(
         CannotFollow: something that depends on the inputs is neither real nor complex.
     """
     jaxpr, shapes = jax.make_jaxpr(fn, return_shape=True)(dict(u))
-    tree = jax.tree.structure(shapes)
-
-    def evaluate(u: Mapping[str, Array], draw: Draw) -> Any:
-        return jax.tree.unflatten(tree, walk(u, draw)[0])
-
-    def walk(u: Mapping[str, Array], draw: Draw) -> tuple[list[Any], tuple[str, ...]]:
-        walker = _Walker(draw)
-        results = walker.walk(jaxpr, [_Known(leaf, True) for leaf in jax.tree.leaves(dict(u))])
-        return [_real(result.value) for result in results], tuple(walker.choices)
-
     places: list[str] = []
 
-    def look(u: Mapping[str, Array], draw: Draw) -> list[Any]:
-        results, found = walk(u, draw)
-        places.extend(found)
-        return results
+    def walk(u: Mapping[str, Array], draw: Draw) -> list[Any]:
+        walker = _Walker(draw)
+        results = walker.walk(jaxpr, [_Known(leaf, True) for leaf in jax.tree.leaves(dict(u))])
+        places.extend(walker.choices)
+        return [_real(result.value) for result in results]
 
-    opened = {
+    real = {
         name: jax.ShapeDtypeStruct(
             a.shape, a.dtype if jnp.issubdtype(a.dtype, jnp.inexact) else float
         )
         for name, a in u.items()
     }
-    jax.eval_shape(look, opened, jax.ShapeDtypeStruct((DRAW,), float))
+    walked = jaxpr_as_fun(jax.make_jaxpr(walk)(real, jax.ShapeDtypeStruct((DRAW,), float)))
+
+    def evaluate(u: Mapping[str, Array], draw: Draw) -> Any:
+        return jax.tree.unflatten(
+            jax.tree.structure(shapes), walked(*jax.tree.leaves(dict(u)), draw)
+        )
+
     return evaluate, tuple(places)
 
 
@@ -167,7 +164,9 @@ class _Walker:
         name = eqn.primitive.name
         if name in _CALLEES:
             if eqn.params.get("name") in _ANALYTIC_CALLS and _by_library(eqn):
-                return _bind(eqn, [operand.value for operand in operands])
+                # The order of a pivoted elimination is an integer, which its derivative takes.
+                pairs = zip(operands, eqn.invars, strict=True)
+                return _bind(eqn, [jnp.asarray(o.value, _dtype(atom)) for o, atom in pairs])
             return self.called(eqn, operands)
         if name == "select_n":
             return [self.mixture(eqn, operands[0], [case.value for case in operands[1:]])]

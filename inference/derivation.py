@@ -59,8 +59,7 @@ def derive(model: DesignModel, inputs: Mapping[str, Array] | None = None) -> Exa
 def draft(model: DesignModel, inputs: Mapping[str, Array] | None = None) -> ExactFilter:
     """Derive a filter without comparing its matrices with plain evaluations."""
     with jax.enable_x64(True):
-        examples = _examples(model, inputs)
-        proof = prove(model, {name: array[0] for name, array in examples.items()})
+        proof, examples = prove_at_examples(model, inputs)
         size = sum(leaf.size for leaf in jax.tree.leaves(proof.memory))
         if size > LARGEST_DENSE_MEMORY:
             raise NotSupported(
@@ -71,7 +70,7 @@ def draft(model: DesignModel, inputs: Mapping[str, Array] | None = None) -> Exac
                 "`widen` it to this one",
             )
         check_example_sites(proof, examples)
-        partition, structure = _discover(proof, examples)
+        partition, structure = discover_structure(proof, examples)
         return ExactFilter(model, proof, partition, structure, examples)
 
 
@@ -90,13 +89,20 @@ def widen(exact: ExactFilter, model: DesignModel) -> ExactFilter:
         ModelError: the structure does not carry over to another width.
     """
     with jax.enable_x64(True):
-        examples = _examples(model, None)
-        proof = prove(model, {name: array[0] for name, array in examples.items()})
+        proof, examples = prove_at_examples(model)
         check_example_sites(proof, examples)
         partition = widen_partition(exact.partition, exact.proof, proof)
         wide = ExactFilter(model, proof, partition, exact.structure, examples)
         check_steps(proof, partition, examples, jax.random.key(0))
         return wide
+
+
+def prove_at_examples(
+    model: DesignModel, inputs: Mapping[str, Array] | None = None
+) -> tuple[Proof, dict[str, Array]]:
+    """Prove a model linear-Gaussian; also return its example inputs, drawn where left out."""
+    examples = _examples(model, inputs)
+    return prove(model, {name: array[0] for name, array in examples.items()}), examples
 
 
 def check_example_sites(proof: Proof, examples: Mapping[str, Array]) -> None:
@@ -141,7 +147,7 @@ def _examples(model: DesignModel, inputs: Mapping[str, Array] | None) -> dict[st
     }
 
 
-def _discover(proof: Proof, examples: Mapping[str, Array]) -> tuple[Partition, Structure]:
+def discover_structure(proof: Proof, examples: Mapping[str, Array]) -> tuple[Partition, Structure]:
     """Discover the structure that every input shares."""
     size = sum(leaf.size for leaf in jax.tree.leaves(proof.memory))
     whole = undivided(

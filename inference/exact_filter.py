@@ -103,14 +103,12 @@ class ExactFilter:
         run = affine_map(self.proof.readout, self.proof.memory, u)
         draws = jnp.zeros(draws_size(self.proof.readout), float)
         state = self.flat(belief.mean)
-        mean, linear = jax.linearize(lambda state: run(state, draws)[0], state)
-        transpose = jax.linear_transpose(linear, state)
-        rows = jax.vmap(lambda unit: transpose(unit)[0])(jnp.eye(mean.size))
+        mean, linear = jax.linearize(lambda *given: run(*given)[0], state, draws)
+        transpose = jax.linear_transpose(linear, state, draws)
+        rows, noise = jax.vmap(transpose)(jnp.eye(mean.size))
         blocks = rows[:, self.partition.states]
         variance = jnp.einsum("obri,bij,obrj->o", blocks, belief.covariance, blocks)
-        if draws.size:
-            noise = jax.jacfwd(lambda draws: run(state, draws)[0])(draws)
-            variance += jnp.sum(noise**2, axis=-1)
+        variance += jnp.sum(noise**2, axis=-1)
         return Prediction(mean, variance)
 
     # -- sequences ---------------------------------------------------------------------------

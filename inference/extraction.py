@@ -75,7 +75,7 @@ def prior_belief(proof: Proof, partition: Partition) -> Belief:
     """The prior in the partition's blocks."""
     size = partition.states.size
     program = _Probe(affine_map(proof.prior, proof.memory, {}), size, draws_size(proof.prior))
-    returned, _ = program.at_zero()
+    returned, _ = program.at_zero
     covariance, _, _ = program.covariances(partition.states, None)
     return Belief(returned[partition.states], covariance)
 
@@ -86,7 +86,7 @@ def step_coefficients(proof: Proof, partition: Partition, u: Mapping[str, Array]
     moved = _Probe(
         affine_map(proof.transition, proof.memory, u), size, draws_size(proof.transition)
     )
-    mean, evidence_mean = moved.at_zero()
+    mean, evidence_mean = moved.at_zero
     transition, evidence_matrix = moved.matrices(
         partition.states, partition.states, partition.evidence
     )
@@ -100,7 +100,7 @@ def step_coefficients(proof: Proof, partition: Partition, u: Mapping[str, Array]
         seen = _Probe(affine_map(proof.observe, proof.memory, u), size, draws_size(proof.observe))
         _, matrix = seen.matrices(partition.states, None, partition.observed)
         _, _, noise = seen.covariances(None, partition.observed)
-        observation = Observation(matrix, seen.at_zero()[1][partition.observed], noise)
+        observation = Observation(matrix, seen.at_zero[1][partition.observed], noise)
     return Step(transition, mean[partition.states], drift, evidence, observation)
 
 
@@ -113,23 +113,19 @@ def arrange_observed(partition: Partition, evidence: Vector, observation: Vector
 
 
 class _Probe:
-    """Reads the linear parts of an affine map block by block."""
+    """Reads the linear parts of an affine map block by block; the map itself runs once."""
 
     def __init__(self, run: AffineMap, state_size: int, draw_size: int) -> None:
-        self.run = run
         self.state = jnp.zeros(state_size, float)
         self.draws = jnp.zeros(draw_size, float)
-
-    def at_zero(self) -> tuple[Vector, Vector]:
-        return self.run(self.state, self.draws)
+        self.at_zero, self.linear = jax.linearize(run, self.state, self.draws)
 
     def matrices(self, columns: Index, states: Index | None, seen: Index | None) -> Any:
         """Derivatives of what is returned and of what is seen, in the first row of each block."""
 
         def along(places):
-            tangent = jnp.zeros_like(self.state).at[places].set(1)
-            run = lambda state: self.run(state, self.draws)  # noqa: E731
-            return _first_rows(jax.jvp(run, (self.state,), (tangent,))[1], states, seen)
+            tangent = self.state.at[places].set(1)
+            return _first_rows(self.linear(tangent, self.draws), states, seen)
 
         return jax.vmap(along, in_axes=1, out_axes=-1)(jnp.asarray(columns[:, 0]))
 
@@ -138,8 +134,8 @@ class _Probe:
 
         With J the derivative along the draws, column i is J Jᵀ e_i.
         """
-        response = noise_response(self.run, self.state, self.draws)
-        returned, observed = (jnp.zeros_like(part) for part in self.at_zero())
+        response = _squared(partial(self.linear, self.state), self.draws)
+        returned, observed = (jnp.zeros_like(part) for part in self.at_zero)
 
         def along_state(places):
             unit = returned.at[places].set(1)
@@ -161,7 +157,12 @@ def noise_response(
     run: AffineMap, state: Vector, draws: Vector
 ) -> Callable[[Vector, Vector], tuple[Vector, Vector]]:
     """The covariance of (returned, observed) as a linear operator, J Jᵀ."""
-    forward = jax.linearize(partial(run, state), draws)[1]
+    return _squared(jax.linearize(partial(run, state), draws)[1], draws)
+
+
+def _squared(
+    forward: Callable[[Vector], tuple[Vector, Vector]], draws: Vector
+) -> Callable[[Vector, Vector], tuple[Vector, Vector]]:
     backward = jax.linear_transpose(forward, draws)
     return lambda returned, observed: forward(*backward((returned, observed)))
 

@@ -32,13 +32,13 @@ def condition(
        P' = (I - G H) P (I - G H)^\top + G R G^\top $$
     """
     cross = belief.covariance @ given.observation.mT
-    innovation_variance = given.observation @ cross + given.noise
-    gain = _solve(innovation_variance, cross.mT).mT
+    factor = jnp.linalg.cholesky(given.observation @ cross + given.noise)
+    gain = _solve(factor, cross.mT).mT
     innovation = observed - belief.mean @ given.observation.mT - given.shift
     kept = jnp.eye(gain.shape[-2], dtype=gain.dtype) - gain @ given.observation
     covariance = kept @ belief.covariance @ kept.mT + gain @ given.noise @ gain.mT
     posterior = Belief(belief.mean + innovation @ gain.mT, covariance)
-    return posterior, _log_density(jnp.linalg.cholesky(innovation_variance), innovation)
+    return posterior, _log_density(factor, innovation)
 
 
 def predict_given_evidence(
@@ -50,8 +50,8 @@ def predict_given_evidence(
        P' = A P A^\top + Q - C G^\top - G C^\top + G R G^\top,\; A = F - G H $$
     """
     projected = belief.covariance @ given.observation.mT
-    innovation_variance = given.observation @ projected + given.noise
-    gain = _solve(innovation_variance, (step.transition @ projected + given.cross).mT).mT
+    factor = jnp.linalg.cholesky(given.observation @ projected + given.noise)
+    gain = _solve(factor, (step.transition @ projected + given.cross).mT).mT
     innovation = observed - belief.mean @ given.observation.mT - given.shift
     closed = step.transition - gain @ given.observation
     shared = given.cross @ gain.mT
@@ -61,9 +61,7 @@ def predict_given_evidence(
         + gain @ given.noise @ gain.mT
     )
     mean = belief.mean @ step.transition.mT + step.shift + innovation @ gain.mT
-    return Belief(mean, covariance), _log_density(
-        jnp.linalg.cholesky(innovation_variance), innovation
-    )
+    return Belief(mean, covariance), _log_density(factor, innovation)
 
 
 def advance(belief: Belief, step: Step, observed: Observed) -> tuple[Belief, Scalar]:
@@ -154,9 +152,10 @@ def _root(covariance: Float[Array, "block width width"]) -> Float[Array, "block 
 
 
 def _solve(
-    covariance: Float[Array, "block seen seen"], right: Float[Array, "block seen width"]
+    factor: Float[Array, "block seen seen"], right: Float[Array, "block seen width"]
 ) -> Float[Array, "block seen width"]:
-    return jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(covariance), True), right)
+    """Solve factor factorᵀ x = right."""
+    return jax.scipy.linalg.cho_solve((factor, True), right)
 
 
 def _log_density(

@@ -3,10 +3,13 @@
 from dataclasses import dataclass
 from functools import cache, partial
 
+from jaxtyping import Array
+
 from design_models.catalogue import CATALOGUE, Recurrence
 from design_models.policy import Exact
 
-from .derivation import draft
+from .derivation import discover_structure, prove_at_examples
+from .proof import Proof
 from .structure import Structure
 
 _GENERALITY = {"zero": 0, "identity": 0, "scalar": 1, "diagonal": 2, "dense": 3}
@@ -44,7 +47,10 @@ def find_kin(structure: Structure) -> Kinship:
     """Compare a structure with the structures of the catalogue, derived in the same way."""
     same, general, reductions = [], [], []
     for entry in CATALOGUE.values():
-        other = _derived_structure(_design_key(entry))
+        key = _design_key(entry)
+        if _observes(key) != (structure.evidence > 0, structure.observations > 0):
+            continue
+        other = _derived_structure(key)
         if _signature(structure) == _signature(other):
             (same if isinstance(entry.policy, Exact) else reductions).append(entry.name)
         elif isinstance(entry.policy, Exact) and (distance := _distance(structure, other)):
@@ -97,5 +103,16 @@ def same_design(first, second) -> bool:
 
 
 @cache
+def _proved(name: str) -> tuple[Proof, dict[str, Array]]:
+    return prove_at_examples(CATALOGUE[name].model())
+
+
+def _observes(name: str) -> tuple[bool, bool]:
+    """Whether something is observed about the change, and about the memory."""
+    proof, _ = _proved(name)
+    return bool(proof.transition.observed), bool(proof.observe.observed)
+
+
+@cache
 def _derived_structure(name: str) -> Structure:
-    return draft(CATALOGUE[name].model()).structure
+    return discover_structure(*_proved(name))[1]

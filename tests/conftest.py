@@ -3,14 +3,19 @@
 import os
 from pathlib import Path
 
-import jax
-import pytest
+# Tests compile many small programs and run each once: less optimisation takes a third less time,
+# and test processes, later runs too, share what they compiled. JAX reads these when it is imported.
+PROGRAMS = Path(__file__).parent.parent / ".pytest_cache" / "programs"
+for name, value in {
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1",
+    "JAX_COMPILATION_CACHE_DIR": str(PROGRAMS),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}.items():
+    os.environ.setdefault(name, value)
 
-# Tests compile many small programs and run each once: less optimisation takes a third less time.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1",
-)
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -108,10 +108,13 @@ def results(algorithm, time: int, width: int, per_key: bool):
 
 
 CASES = [
-    (chunked, 16_384, 16, False),
-    (chunked, 16_384, 64, False),
-    (chunked, 16_384, 16, True),
-    (parallel, 320, 64, False),
+    pytest.param(*case, marks=pytest.mark.xdist_group(f"precision {case[1:]}"))  # share results
+    for case in (
+        (chunked, 16_384, 16, False),
+        (chunked, 16_384, 64, False),
+        (chunked, 16_384, 16, True),
+        (parallel, 320, 64, False),
+    )
 ]
 TOLERANCE = {chunked: 1e-4, parallel: 3e-4}
 

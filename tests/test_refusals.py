@@ -721,7 +721,7 @@ def _hold(S, u):
     return decaying(S, u)
 
 
-@refused("observe", "", "", transition=_hold)
+@refused("observe", "", "earlier call", NotSupported, transition=_hold)
 def memory_smuggled_in_a_global(S, u):
     numpyro.sample("v", dist.Normal(HELD["memory"] @ u["key"], 1.0).to_event(1), obs=u["value"])
 
