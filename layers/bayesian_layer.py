@@ -102,7 +102,7 @@ def BayesianLayer(  # it makes a SequenceMixer, and is used as a class is
             d_model, heads, shapes[drift], links.drift, bias=DRIFT_BIAS, rng=rngs[5]
         )
     if restoration is not None:
-        dial = jnp.full((heads,), float(restoration))
+        dial = jnp.full((heads,), restoration, float)
         gates["restoration"] = PerHead(dial, unit_interval, learned=learn_restoration)
     memory = StreamMemory(
         value_width,

@@ -72,7 +72,7 @@ class EntryMemory(eqx.Module):
 
     def init_state(self) -> Belief:
         shape = (self.value_width, self.key_width)
-        kept = None if isinstance(self.rule, Reset) else jnp.full(shape, self.prior_variance)
+        kept = None if isinstance(self.rule, Reset) else jnp.full(shape, self.prior_variance, float)
         return Belief(jnp.zeros(shape), kept)
 
     def __call__(self, u, state, *, segment_ids=None, mask=None):

@@ -249,7 +249,7 @@ def _gates(
             return {
                 "noise": noise(links.bounded_softplus, (value_width,)),
                 "log_decay": PerHead(step_bias(rngs[1], entry), links.log_decay),
-                "drift": PerHead(jnp.full(entry, DRIFT_BIAS), links.drift),
+                "drift": PerHead(jnp.full(entry, DRIFT_BIAS, float), links.drift),
             }
         case "kalman_delta_isotropic" | "kalman_delta_diagonal":
             return {

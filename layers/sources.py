@@ -114,7 +114,8 @@ class Projected(eqx.Module):
         channels = heads // groups * math.prod(shape)
         self.down = None if rank is None else _scaled_normal(rng_down, (d_model, rank))
         self.weight = _scaled_normal(rng_weight, (rank or d_model, channels))
-        self.bias = None if bias is None else jnp.broadcast_to(jnp.ravel(bias), (channels,))
+        biases = None if bias is None else jnp.asarray(bias, float).ravel()
+        self.bias = None if biases is None else jnp.broadcast_to(biases, (channels,))
         self.convolution = None if taps is None else ShortConvolution(channels, taps, rng=rng_taps)
         self.link, self.shape, self.heads, self.groups = link, shape, heads, groups
 

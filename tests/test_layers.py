@@ -187,6 +187,17 @@ def test_a_mixer_is_shown_in_one_line_with_its_size(name):
     assert parameter_count(layer) == sum(array.size for array in arrays)
 
 
+@pytest.mark.parametrize("name", MAKE)
+def test_a_training_step_and_a_decoding_step_compile_once(name):
+    """What is made has the types of what an update or a step returns; a weak type is another."""
+    layer = made(name)
+    state = layer.init_state()
+    for leaf in jax.tree.leaves(eqx.filter((layer, state), eqx.is_array)):
+        assert not leaf.weak_type
+    later = eqx.filter_eval_shape(layer.step, X[0], state)[1]
+    assert jax.tree.map(jax.typeof, later) == jax.tree.map(jax.typeof, state)
+
+
 def test_wrong_shapes_are_refused_by_name(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     layer = made("dial")
