@@ -1,5 +1,6 @@
 """What every test file shares: how programs are compiled, and skips."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -16,6 +17,9 @@ for name, value in {
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+# Tracing makes millions of small objects, few of them garbage.
+gc.set_threshold(100_000, 20, 100)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
