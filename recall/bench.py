@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from layers import Additive, Stream, filter_scan
+from layers.kernels import Backend
 from layers.rules import Exact, Reset, Rule
 from layers.scans import Algorithm
 
@@ -36,6 +37,7 @@ class Contender:
     label: str
     rule: Rule
     algorithm: Algorithm = "chunked"
+    backend: Backend = "auto"
     decay: str = "scalar"
     drift: bool = False
     peer: str = ""
@@ -106,10 +108,11 @@ COMPARISONS = (
         "parallel",
         Shape(1, 131072, 4, 64),
         (
-            _EXACT,
+            Contender("Bayesian Layer, chunked, XLA", Exact(), backend="xla", drift=True),
             Contender(
                 "Bayesian Layer, parallel in time", Exact(), algorithm="parallel", drift=True
             ),
+            _EXACT,
         ),
     ),
 )
@@ -179,7 +182,13 @@ def _ratio(number: float | None, first: float | None) -> float | None:
 
 def _own(contender: Contender) -> Callable[[Stream], tuple[Array, ...]]:
     def head(stream: Stream) -> tuple[Array, ...]:
-        _, reading = filter_scan(stream, 1.0, contender.rule, algorithm=contender.algorithm)
+        _, reading = filter_scan(
+            stream,
+            1.0,
+            contender.rule,
+            algorithm=contender.algorithm,
+            backend=contender.backend,
+        )
         if contender.rule == Exact():
             return reading.mean, reading.variance
         return (reading.mean,)
