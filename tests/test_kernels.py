@@ -133,6 +133,16 @@ def test_simulated_values_of_128_rows_and_their_gradients_are_the_definition():
     assert_within(found, expected(arguments, starts), "bfloat16")
 
 
+def test_simulated_values_of_keys_128_wide_are_the_definition(capfd):
+    case = Case(20, 128, 64, decay="scalar", drift="scalar", starts=(3,))
+    arguments, starts = draw(case, "float32")
+    found = outputs(arguments, starts, simulated)
+    _, reference = expected(arguments, starts)
+    over = {name: e for name, e in errors(found, reference).items() if not e <= 1e-4}
+    assert not over
+    assert "RACE" not in capfd.readouterr().out
+
+
 @pytest.mark.exhaustive
 def test_simulated_values_of_a_narrow_memory_and_their_gradients_are_the_definition():
     case = Case(20, 24, 40, decay="scalar", drift="scalar", starts=(3,))

@@ -12,6 +12,8 @@ from layers.stream import Belief, Reading, Stream, by_token, one_by_one
 Backend = Literal["auto", "xla", "mosaic"]
 
 WIDTH, CHUNK = 64, 64
+KEYS = 128
+"""The widest keys of a kernel."""
 CAPABILITY = "9.0"
 """CUDA compute capability of Hopper GPUs, the only ones whose instructions the kernels use."""
 
@@ -33,9 +35,9 @@ def refusal(
         return f"`rule` is {rule}, and kernels take Exact()"
     if algorithm != "chunked":
         return f'`algorithm` is "{algorithm}", and kernels take "chunked"'
-    if not (0 < key <= WIDTH and (0 < value <= WIDTH or value % WIDTH == 0)):
+    if not (0 < key <= KEYS and (0 < value <= WIDTH or value % WIDTH == 0)):
         return (
-            f"the memory is (value {value}, key {key}), and kernels take at most {WIDTH} keys, "
+            f"the memory is (value {value}, key {key}), and kernels take at most {KEYS} keys, "
             f"and at most {WIDTH} values or a multiple"
         )
     if stream.length == 0:

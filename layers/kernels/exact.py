@@ -78,7 +78,7 @@ def filter_head(head: Head, values: int = WIDTH, interpret: bool = False) -> Fil
     """Filter one head.
 
     Args:
-        head: keys and values 64 wide.
+        head: values 64 wide, and keys 64 or 128.
         values: how many of a token's 64 values are seen; the others are 0 and no evidence.
         interpret: whether kernels are simulated on a CPU.
     """
@@ -105,7 +105,7 @@ def _run(head: Head, values: int, interpret: bool, save: bool) -> tuple[Filtered
         )
 
     found = over_rows(rows)(*head)
-    surprise = found["whitened"][:, WIDTH:]
+    surprise = found["whitened"][:, head.key.shape[-1] :]
     scale = found["inverse_deviation"]
     log_scale = jnp.log(scale) - 0.5 * jnp.log(2 * jnp.pi)
     evidence = values * log_scale - 0.5 * jnp.sum(surprise**2, axis=-1)

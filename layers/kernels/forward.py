@@ -21,12 +21,19 @@ Every ratio is at most 1, so no decay is too strong, and 0 where a document star
 into bfloat16 pieces (`mosaic.pieces`), three for P and two for M, as left operands of the tensor
 cores. Warpgroup 0 eliminates while its tensor cores find P x for the variances. Sums are float32.
 
-**Bytes** a token of bfloat16 inputs: 640 read for keys and queries (twice each, in two forms of
-shared memory) and values, 84 for rates; 256 written for the mean, 512 for what is whitened, 8 for
-variances, 512 for the states that a backward pass starts from.
+Keys of 128 take one warpgroup more: warpgroups 0 and 1 hold 64 rows of P each, and whiten their own
+64 columns of E, each from its own factorisation of the same G. A warpgroup's states are tiles of
+64 × 64, split one at a time, P k and P x from the same pieces: three warpgroups have 168 registers
+a thread, of which a state takes 64.
+
+**Bytes** a token of bfloat16 inputs, 64 wide: 640 read for keys and queries (twice each, in two
+forms of shared memory) and values, 84 for rates; 256 written for the mean, 512 for what is
+whitened, 8 for variances, 512 for the states that a backward pass starts from. At 128 wide keys and
+queries are read once, in one form: 640, 84; 256, 768, 8 and 1536.
 """
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -39,29 +46,30 @@ from .blocks import Rates
 from .mosaic import BLOCK, COLUMNS, ROWS, along_columns, pairs, pieces
 
 WIDTH = 64
+"""Values of a program, and keys of a warpgroup that holds rows of P."""
 CHUNK = 64
 """Tokens that are copied together, and between saved states."""
 
-PITCH = 2 * WIDTH + 4
 COVARIANCE_PIECES, MEAN_PIECES, SAVED_PIECES = 3, 2, 2
+QUERY_PIECES = 2
+"""Of float32 queries that are 128 wide: what is said is then of queries 2⁻¹⁷ away."""
 
-Rows = Float[Array, "row time width"]
+Keys = Float[Array, "row time key"]
 Numbers = Float[Array, "row time"]
-States = Float[Array, "row width width"]
 
 
 def filter_blocks(
-    key: Rows,
-    value: Rows,
-    query: Rows,
+    key: Keys,
+    value: Float[Array, "row time value"],
+    query: Keys,
     rates: Rates,
-    covariance: States,
-    mean: States,
+    covariance: Float[Array, "row key key"],
+    mean: Float[Array, "row value key"],
     *,
     save: bool,
     interpret: bool = False,
 ) -> dict[str, Array]:
-    """Filter rows of 64-wide keys and values; time is a multiple of 64.
+    """Filter rows of 64 values and 64 or 128 keys; time is a multiple of 64.
 
     Args:
         key: bfloat16 or float32, as are values and queries.
@@ -75,70 +83,86 @@ def filter_blocks(
 
     Returns:
         `mean` (row, time, 64), `variance` and `inverse_deviation` (row, time), `whitened`
-        (row, time, 128) which holds u and then w, `last_covariance`, `last_mean`, and where saved
-        `covariances` and `means` in bfloat16 pieces (row, chunk, piece, 64, 64).
+        (row, time, key + 64) which holds u and then w, `last_covariance`, `last_mean`, and where
+        saved `covariances` and `means` in bfloat16 pieces (row, chunk, piece, 64 or key, key).
     """
-    rows, time, _ = key.shape
+    rows, time, width = key.shape
+    shares = width // WIDTH
     exact = key.dtype == jnp.bfloat16
     depth = 1 if exact else COVARIANCE_PIECES
     chunks = time // CHUNK
-    slots = min(3, chunks) if exact else 1
+    slots = min(3 if shares == 1 else 2, chunks) if exact else 1
     lag = min(1, slots - 1)
-    f32, square = jnp.float32, (WIDTH, WIDTH)
+    f32 = jnp.float32
     out = {
         "mean": ((rows, time, WIDTH), f32),
         "variance": ((rows, time), f32),
         "inverse_deviation": ((rows, time), f32),
-        "whitened": ((rows, time, 2 * WIDTH), f32),
-        "last_covariance": ((rows, *square), f32),
-        "last_mean": ((rows, *square), f32),
+        "whitened": ((rows, time, width + WIDTH), f32),
+        "last_covariance": ((rows, width, width), f32),
+        "last_mean": ((rows, WIDTH, width), f32),
     }
     if save:
-        states = (rows, chunks, SAVED_PIECES, *square)
-        out |= {name: (states, jnp.bfloat16) for name in ("covariances", "means")}
+        states = rows, chunks, SAVED_PIECES
+        out["covariances"] = ((*states, width, width), jnp.bfloat16)
+        out["means"] = ((*states, WIDTH, width), jnp.bfloat16)
     shared = mosaic.SMEM
-    operand = shared((slots, depth, CHUNK, WIDTH), jnp.bfloat16, transforms=mosaic.THIN)
     plain = shared((slots, CHUNK, WIDTH), key.dtype)
     numbers = shared((slots, CHUNK), f32)
-    wide = shared((BLOCK, PITCH), f32)
-    pieced = shared((COVARIANCE_PIECES, WIDTH, BLOCK), jnp.bfloat16, transforms=mosaic.THIN)
-    scratch = [
-        operand,
-        plain,
-        operand,
-        plain,
-        plain,
-        *[numbers] * 5,
-        shared((slots, CHUNK, BLOCK), f32),
-        shared((CHUNK, WIDTH), f32),
-        shared((CHUNK, WIDTH + 4), f32),
-        shared((CHUNK,), f32),
-        shared((CHUNK,), f32),
-        wide,
-        wide,
-        shared((CHUNK, BLOCK), f32),
-        pieced,
-        pieced,
-        shared((MEAN_PIECES, CHUNK, BLOCK), jnp.bfloat16, transforms=mosaic.THIN),
-        mosaic.barrier(num_arrivals=9 + 2 * depth, num_barriers=slots),
-        mosaic.barrier(num_arrivals=1, num_barriers=slots),
-        mosaic.barrier(num_arrivals=1),
-        mosaic.barrier(num_arrivals=1),
-    ]
-    body = partial(_body, names=tuple(out), chunks=chunks, slots=slots, lag=lag, save=save)
+    columns = shared((BLOCK, width + WIDTH + 4), f32)
+    pieced = shared((COVARIANCE_PIECES, width, BLOCK), jnp.bfloat16, transforms=mosaic.THIN)
+
+    def operands(array, depth):
+        shape = slots, depth, CHUNK, width
+        return split(array, depth), shared(shape, jnp.bfloat16, transforms=mosaic.THIN)
+
+    tokens = {
+        "keys": operands(key, depth),
+        "keys_plain": (key, plain),
+        "queries": operands(query, depth if shares == 1 else min(depth, QUERY_PIECES)),
+        "queries_plain": (query, plain),
+        "values": (value, plain),
+    }
+    if shares > 1:  # their pieces are read instead: there is no room for both
+        del tokens["keys_plain"], tokens["queries_plain"]
+    scratch = {name: place for name, (_, place) in tokens.items()} | {
+        **dict.fromkeys(("noises", "alphas", "drifts", "ends", "decays"), numbers),
+        "ratios": shared((slots, CHUNK, BLOCK), f32),
+        "outputs": shared((CHUNK, WIDTH), f32),
+        "read": shared((CHUNK, width + 4), f32),
+        "variances": shared((CHUNK,), f32),
+        "deviations": shared((shares, CHUNK), f32),
+        "columns": columns,
+        "whitened": columns,
+        "joint": shared((shares, CHUNK, BLOCK), f32),
+        "drawn": pieced,
+        "moved": pieced,
+        "explained": shared((MEAN_PIECES, CHUNK, BLOCK), jnp.bfloat16, transforms=mosaic.THIN),
+    }
+    sources = *(array for array, _ in tokens.values()), *rates
+    copies = sum(x.shape[1] if x.ndim == 4 else 1 for x in sources[: len(tokens)]) + len(rates)
+    scratch |= {
+        "full": mosaic.barrier(num_arrivals=copies, num_barriers=slots),
+        "free": mosaic.barrier(num_arrivals=shares, num_barriers=slots),
+        "innovations_ready": mosaic.barrier(num_arrivals=1),
+        "elimination_ready": mosaic.barrier(num_arrivals=shares),
+    }
+    if shares > 1:
+        scratch["drawn_ready"] = mosaic.barrier(num_arrivals=shares)
+    static = {"chunks": chunks, "slots": slots, "lag": lag, "save": save, "interpret": interpret}
     run = mosaic.kernel(
-        partial(body, interpret=interpret),
+        partial(_body, sources=len(sources), names=tuple(out), scratch=tuple(scratch), **static),
         [jax.ShapeDtypeStruct(*kind) for kind in out.values()],
         {"row": rows},
-        scratch,
-        2,
+        list(scratch.values()),
+        shares + 1,
         interpret,
     )
-    found = run(split(key, depth), key, split(query, depth), query, value, *rates, covariance, mean)
+    found = run(*sources, covariance, mean)
     return dict(zip(out, found, strict=True))
 
 
-def split(rows: Rows, depth: int) -> Float[Array, "row piece time width"]:
+def split(rows: Keys, depth: int) -> Float[Array, "row piece time width"]:
     """Bfloat16 pieces of rows, which sum to them but for what `depth` pieces cannot hold."""
     if depth == 1:
         return rows[:, None]
@@ -150,27 +174,22 @@ def split(rows: Rows, depth: int) -> Float[Array, "row piece time width"]:
     return jnp.stack(out, axis=1)
 
 
-def _body(*refs, names, chunks, slots, lag, save, interpret):
-    inputs, refs = refs[:13], refs[13:]
-    out, scratch = dict(zip(names, refs[: len(names)], strict=True)), refs[len(names) :]
-    (keys, keys_plain, queries, queries_plain, values, *rates) = scratch[:11]
-    (outputs, read, variances, deviations, columns, whitened, joint) = scratch[11:18]
-    (drawn, moved, explained, full, free, innovations_ready, elimination_ready) = scratch[18:]
-    noises, alphas, drifts, ends, decays, ratios = rates
+def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
+    inputs, (covariance_in, mean_in) = refs[:sources], refs[sources : sources + 2]
+    out, places = refs[sources + 2 :][: len(names)], refs[sources + 2 + len(names) :]
+    out = dict(zip(names, out, strict=True))
+    here = SimpleNamespace(**dict(zip(scratch, places, strict=True)), interpret=interpret)
     row, warpgroup = lax.axis_index("row"), lax.axis_index("wg")
+    width = here.keys.shape[-1]
+    shares = width // WIDTH
     thin, square = (WIDTH, BLOCK), (WIDTH, WIDTH)
     multiply = partial(mosaic.product, interpret=interpret)
     load = mosaic.load
-
-    def operands(ref, slot, tokens=None):
-        depth = ref.shape[1]
-        if tokens is None:
-            return [ref.at[slot, piece] for piece in range(depth)]
-        return [ref.at[slot, piece, tokens].transpose((1, 0)) for piece in range(depth)]
+    tiles = [pl.ds(first, WIDTH) for first in range(0, width, WIDTH)]
 
     def fetch(chunk, slot):
         tokens = pl.ds(chunk * CHUNK, CHUNK)
-        for source, target in zip(inputs[:11], scratch[:11], strict=True):
+        for source, target in zip(inputs, places, strict=False):
             if len(source.shape) == 4:
                 copies = [
                     (source.at[row, p, tokens], target.at[slot, p]) for p in range(source.shape[1])
@@ -178,149 +197,288 @@ def _body(*refs, names, chunks, slots, lag, save, interpret):
             else:
                 copies = [(source.at[row, tokens], target.at[slot])]
             for part, place in copies:
-                mosaic.copy_in(part, place, full.at[slot])
+                mosaic.copy_in(part, place, here.full.at[slot])
 
-    def leave(name, chunk, state):
-        for piece, part in enumerate(pieces(state, SAVED_PIECES)):
-            out[name].at[row, chunk, piece][...] = part
+    def leave(name, chunk, rows, state):
+        for columns, tile in zip(tiles, state, strict=True):
+            for piece, part in enumerate(pieces(tile, SAVED_PIECES)):
+                out[name].at[row, chunk, piece, rows, columns][...] = part
 
-    @pl.when(warpgroup == 0)
+    @pl.when(warpgroup < shares)
     def _covariance():
-        diagonal = mosaic.index(square, 0) == mosaic.index(square, 1)
-        identity = jnp.where(diagonal, jnp.float32(1), jnp.float32(0))
-        for slot in range(slots):
-            fetch(slot, slot)
+        share = warpgroup if shares > 1 else 0
+        own = tiles[0] if shares == 1 else pl.ds(share * WIDTH, WIDTH)
+        block = _narrow_block() if shares == 1 else partial(_wide_block, share)
 
-        def chunk(c, covariance):
-            slot = lax.rem(c, slots)
-            mosaic.barrier_wait(full.at[slot])
-            if save:
-                leave("covariances", c, covariance)
+        def by_first(condition):
+            return condition if shares == 1 else jnp.logical_and(share == 0, condition)
 
-            def block(i, covariance):
-                start = i * BLOCK
-                tokens = pl.ds(start, BLOCK)
-                split = pieces(covariance, COVARIANCE_PIECES)
-                alpha = load(alphas.at[slot, tokens], COLUMNS)
-                drift = along_columns(load(drifts.at[slot, tokens], COLUMNS), thin)
-                carried = multiply(thin, pairs(split, operands(keys, slot, tokens), 3))
-                tied = carried * along_columns(alpha * alpha, thin)
-                tied = tied + mosaic.load_transposed(keys_plain.at[slot, tokens]) * drift
-                mosaic.store_transposed(columns.at[:, pl.ds(0, WIDTH)], tied)
-                for piece, part in enumerate(pieces(tied, COVARIANCE_PIECES)):
-                    drawn.at[piece][...] = part
-                mosaic.commit_smem()
-                drawn_pieces = [drawn.at[piece] for piece in range(COVARIANCE_PIECES)]
-                between = multiply((CHUNK, BLOCK), pairs(operands(keys, slot), drawn_pieces, 3))
-                joint[...] = between * load(ratios.at[slot])
-                mosaic.barrier_wait(innovations_ready)
+        def refill(c, condition=True):
+            wanted = jnp.logical_and(c >= lag, c - lag + slots < chunks)
+            if condition is not True:
+                wanted = jnp.logical_and(condition, wanted)
 
-                def eliminate():
-                    mosaic.eliminate(
-                        joint.at[tokens],
-                        noises.at[slot, tokens],
-                        decays.at[slot, tokens],
-                        columns,
-                        whitened,
-                        deviations.at[tokens],
-                        interpret,
-                    )
-
-                terms = pairs(split, operands(queries, slot, tokens), 3)
-                seen = mosaic.product_beside(thin, terms, eliminate, interpret)
-                seen = seen * mosaic.load_transposed(queries_plain.at[slot, tokens])
-                mosaic.store_transposed(read.at[tokens, pl.ds(0, WIDTH)], seen)
-                own = mosaic.load_transposed(whitened.at[:, pl.ds(0, WIDTH)])
-                for piece, part in enumerate(pieces(own, COVARIANCE_PIECES)):
-                    moved.at[piece][...] = part
-                mosaic.commit_smem()
-                mosaic.barrier_arrive(elimination_ready)
-                end = load(ends.at[slot, tokens], COLUMNS)
-                left = pieces(own * along_columns(end * end, thin), COVARIANCE_PIECES)
-                right = [moved.at[p].transpose((1, 0)) for p in range(COVARIANCE_PIECES)]
-                absorbed = multiply(square, pairs(left, right, 3))
-                kept = alphas[slot, start + BLOCK - 1]
-                added = drifts[slot, start + BLOCK - 1]
-                return covariance * (kept * kept) + identity * added - absorbed
-
-            covariance = lax.fori_loop(0, CHUNK // BLOCK, block, covariance)
-
-            @pl.when(jnp.logical_and(c >= lag, c - lag + slots < chunks))
+            @pl.when(by_first(wanted))
             def _():
                 done = lax.rem(c - lag, slots)
-                mosaic.barrier_wait(free.at[done])
+                mosaic.barrier_wait(here.free.at[done])
                 if lag == 0:  # this warpgroup's own warps may be reading the chunk yet
                     mosaic.commit_smem()
                 fetch(c - lag + slots, done)
 
+        @pl.when(by_first(True))
+        def _():
+            for slot in range(slots):
+                fetch(slot, slot)
+
+        def chunk(c, covariance):
+            slot = lax.rem(c, slots)
+            mosaic.barrier_wait(here.full.at[slot])
+            if save:
+                leave("covariances", c, own, covariance)
+
+            def through_block(i, covariance):
+                covariance = block(here, slot, i * BLOCK, covariance)
+                if shares > 1 and lag > 0:  # the other warpgroups have left the chunk before
+                    refill(c, i == 0)
+                return covariance
+
+            covariance = lax.fori_loop(0, CHUNK // BLOCK, through_block, covariance)
+            if shares > 1:
+
+                @pl.when(share > 0)
+                def _():
+                    mosaic.barrier_arrive(here.free.at[slot])
+
+            if shares == 1 or lag == 0:
+                refill(c)
             return covariance
 
-        covariance = lax.fori_loop(0, chunks, chunk, load(inputs[11].at[row]))
-        for c in range(chunks - slots, chunks):
-            mosaic.barrier_wait(free.at[c % slots])
-        out["last_covariance"].at[row][...] = covariance
+        start = tuple(load(covariance_in.at[row, own, columns]) for columns in tiles)
+        covariance = lax.fori_loop(0, chunks, chunk, start)
 
-    @pl.when(warpgroup == 1)
+        @pl.when(by_first(True))
+        def _():
+            for c in range(chunks - slots, chunks):
+                mosaic.barrier_wait(here.free.at[c % slots])
+
+        for columns, tile in zip(tiles, covariance, strict=True):
+            out["last_covariance"].at[row, own, columns][...] = tile
+
+    @pl.when(warpgroup == shares)
     def _mean():
         token = mosaic.index((CHUNK,), 0, ROWS)
+        values_of = pl.ds(width, WIDTH)
 
         def chunk(c, mean):
             slot = lax.rem(c, slots)
-            mosaic.barrier_wait(full.at[slot])
+            mosaic.barrier_wait(here.full.at[slot])
             mosaic.wait_out(0, wait_read_only=True)
             if save:
-                leave("means", c, mean)
+                leave("means", c, tiles[0], mean)
 
             def block(i, carry):
                 mean, squares = carry
                 start = i * BLOCK
                 tokens = pl.ds(start, BLOCK)
-                split = pieces(mean, MEAN_PIECES)
-                alpha = along_columns(load(alphas.at[slot, tokens], COLUMNS), thin)
-                expected = multiply(thin, pairs(split, operands(keys, slot, tokens), 2))
-                innovation = mosaic.load_transposed(values.at[slot, tokens]) - expected * alpha
-                mosaic.store_transposed(columns.at[:, pl.ds(WIDTH, WIDTH)], innovation)
-                mosaic.barrier_arrive(innovations_ready)
-                entered = multiply(thin, pairs(split, operands(queries, slot, tokens), 2)) * alpha
-                mosaic.barrier_wait(elimination_ready)
-                surprise = mosaic.load_transposed(whitened.at[:, pl.ds(WIDTH, WIDTH)])
-                end = along_columns(load(ends.at[slot, tokens], COLUMNS), thin)
-                right = [moved.at[p].transpose((1, 0)) for p in range(MEAN_PIECES)]
+                split = [pieces(tile, MEAN_PIECES) for tile in mean]
+
+                def times(name):
+                    terms = []
+                    for parts, columns in zip(split, tiles, strict=True):
+                        operands = _operands(getattr(here, name), slot, tokens, columns)
+                        terms += pairs(parts, operands, 2)
+                    return multiply(thin, terms)
+
+                alpha = along_columns(load(here.alphas.at[slot, tokens], COLUMNS), thin)
+                expected = times("keys")
+                innovation = mosaic.load_transposed(here.values.at[slot, tokens]) - expected * alpha
+                mosaic.store_transposed(here.columns.at[:, values_of], innovation)
+                mosaic.barrier_arrive(here.innovations_ready)
+                entered = times("queries") * alpha
+                mosaic.barrier_wait(here.elimination_ready)
+                surprise = mosaic.load_transposed(here.whitened.at[:, values_of])
+                end = along_columns(load(here.ends.at[slot, tokens], COLUMNS), thin)
                 left = pieces(surprise * end, MEAN_PIECES)
-                kept = alphas[slot, start + BLOCK - 1]
-                mean = mean * kept + multiply(square, pairs(left, right, 2))
-                own = [moved.at[piece] for piece in range(COVARIANCE_PIECES)]
-                seen = multiply((CHUNK, BLOCK), pairs(operands(queries, slot), own, 3))
-                seen = seen * load(ratios.at[slot])
+                kept = here.alphas[slot, start + BLOCK - 1]
+                moved = []
+                for tile, columns in zip(mean, tiles, strict=True):
+                    right = _across(here.moved, MEAN_PIECES, columns)
+                    moved.append(tile * kept + multiply(square, pairs(left, right, 2)))
+                own = [here.moved.at[piece] for piece in range(COVARIANCE_PIECES)]
+                queries = _operands(here.queries, slot)
+                seen = multiply((CHUNK, BLOCK), pairs(queries, own, 3))
+                seen = seen * load(here.ratios.at[slot])
                 own_squares = jnp.sum(seen * seen, axis=1)
-                here = jnp.logical_and(token >= start, token < start + BLOCK)
-                squares = jnp.where(here, own_squares, squares)
+                within = jnp.logical_and(token >= start, token < start + BLOCK)
+                squares = jnp.where(within, own_squares, squares)
                 for piece, part in enumerate(pieces(seen, MEAN_PIECES)):
-                    explained.at[piece][...] = part
+                    here.explained.at[piece][...] = part
                 for t in range(BLOCK):
-                    line = mosaic.load_threads(whitened.at[t, pl.ds(0, 2 * WIDTH)])
-                    out["whitened"].at[row, c * CHUNK + start + t][...] = line
+                    for columns in (pl.ds(first.start, 2 * WIDTH) for first in tiles):
+                        line = mosaic.load_threads(here.whitened.at[t, columns])
+                        out["whitened"].at[row, c * CHUNK + start + t, columns][...] = line
                 mosaic.commit_smem()
-                weights = [explained.at[p, tokens].transpose((1, 0)) for p in range(MEAN_PIECES)]
+                weights = [
+                    here.explained.at[p, tokens].transpose((1, 0)) for p in range(MEAN_PIECES)
+                ]
                 output = entered + multiply(thin, pairs(pieces(surprise, MEAN_PIECES), weights, 2))
-                mosaic.store_transposed(outputs.at[tokens], output)
-                return mean, squares
+                mosaic.store_transposed(here.outputs.at[tokens], output)
+                return tuple(moved), squares
 
             start = mosaic.zeros((CHUNK,), ROWS)
             mean, squares = lax.fori_loop(0, CHUNK // BLOCK, block, (mean, start))
-            query = load(queries_plain.at[slot]).astype(jnp.float32)
-            alpha = load(alphas.at[slot], ROWS)
-            entered = jnp.sum(load(read.at[:, pl.ds(0, WIDTH)]), axis=1)
-            drifted = load(drifts.at[slot], ROWS) * jnp.sum(query * query, axis=1)
-            variances[...] = jnp.maximum(alpha * alpha * entered + drifted - squares, 0)
+            read = [load(here.read.at[:, columns]) for columns in tiles]
+            entered = sum(jnp.sum(part, axis=1) for part in read)
+            if shares == 1:
+                query = load(here.queries_plain.at[slot]).astype(jnp.float32)
+                alpha = load(here.alphas.at[slot], ROWS)
+                drifted = load(here.drifts.at[slot], ROWS) * jnp.sum(query * query, axis=1)
+                entered = alpha * alpha * entered + drifted
+            here.variances[...] = jnp.maximum(entered - squares, 0)
             mosaic.commit_smem()
             tokens = pl.ds(c * CHUNK, CHUNK)
-            mosaic.copy_out(outputs, out["mean"].at[row, tokens])
-            mosaic.copy_out(variances, out["variance"].at[row, tokens])
-            mosaic.copy_out(deviations, out["inverse_deviation"].at[row, tokens])
-            mosaic.barrier_arrive(free.at[slot])
+            mosaic.copy_out(here.outputs, out["mean"].at[row, tokens])
+            mosaic.copy_out(here.variances, out["variance"].at[row, tokens])
+            mosaic.copy_out(here.deviations.at[0], out["inverse_deviation"].at[row, tokens])
+            mosaic.barrier_arrive(here.free.at[slot])
             return mean
 
-        mean = lax.fori_loop(0, chunks, chunk, load(inputs[12].at[row]))
-        out["last_mean"].at[row][...] = mean
+        start = tuple(load(mean_in.at[row, :, columns]) for columns in tiles)
+        mean = lax.fori_loop(0, chunks, chunk, start)
+        for columns, tile in zip(tiles, mean, strict=True):
+            out["last_mean"].at[row, :, columns][...] = tile
         mosaic.wait_out(0)
+
+
+def _operands(ref, slot, tokens=None, columns=slice(None)):
+    """Pieces of a chunk's keys or queries; or of a block's, upright."""
+    every = range(ref.shape[1])
+    if tokens is None:
+        return [ref.at[slot, piece] for piece in every]
+    return [ref.at[slot, piece, tokens, columns].transpose((1, 0)) for piece in every]
+
+
+def _across(ref, count, columns):
+    """The first pieces of what is written (key, token) as (token, key), of these keys."""
+    return [ref.at[piece, columns].transpose((1, 0)) for piece in range(count)]
+
+
+def _eliminate(here, share, slot, tokens):
+    mosaic.eliminate(
+        here.joint.at[share, tokens],
+        here.noises.at[slot, tokens],
+        here.decays.at[slot, tokens],
+        here.columns,
+        here.whitened,
+        here.deviations.at[share, tokens],
+        keys=here.keys.shape[-1],
+        interpret=here.interpret,
+    )
+
+
+def _narrow_block():
+    """A block of 64-wide keys, for the one warpgroup that holds P."""
+    thin, square = (WIDTH, BLOCK), (WIDTH, WIDTH)
+    diagonal = mosaic.index(square, 0) == mosaic.index(square, 1)
+    identity = jnp.where(diagonal, jnp.float32(1), jnp.float32(0))
+
+    def block(here, slot, start, covariances):
+        (covariance,) = covariances
+        multiply = partial(mosaic.product, interpret=here.interpret)
+        tokens = pl.ds(start, BLOCK)
+        split = pieces(covariance, COVARIANCE_PIECES)
+        alpha = mosaic.load(here.alphas.at[slot, tokens], COLUMNS)
+        drift = along_columns(mosaic.load(here.drifts.at[slot, tokens], COLUMNS), thin)
+        carried = multiply(thin, pairs(split, _operands(here.keys, slot, tokens), 3))
+        tied = carried * along_columns(alpha * alpha, thin)
+        tied = tied + mosaic.load_transposed(here.keys_plain.at[slot, tokens]) * drift
+        mosaic.store_transposed(here.columns.at[:, pl.ds(0, WIDTH)], tied)
+        for piece, part in enumerate(pieces(tied, COVARIANCE_PIECES)):
+            here.drawn.at[piece][...] = part
+        mosaic.commit_smem()
+        drawn_pieces = [here.drawn.at[piece] for piece in range(COVARIANCE_PIECES)]
+        between = multiply((CHUNK, BLOCK), pairs(_operands(here.keys, slot), drawn_pieces, 3))
+        here.joint.at[0][...] = between * mosaic.load(here.ratios.at[slot])
+        mosaic.barrier_wait(here.innovations_ready)
+        terms = pairs(split, _operands(here.queries, slot, tokens), 3)
+        eliminate = partial(_eliminate, here, 0, slot, tokens)
+        seen = mosaic.product_beside(thin, terms, eliminate, here.interpret)
+        seen = seen * mosaic.load_transposed(here.queries_plain.at[slot, tokens])
+        mosaic.store_transposed(here.read.at[tokens, pl.ds(0, WIDTH)], seen)
+        own = mosaic.load_transposed(here.whitened.at[:, pl.ds(0, WIDTH)])
+        for piece, part in enumerate(pieces(own, COVARIANCE_PIECES)):
+            here.moved.at[piece][...] = part
+        mosaic.commit_smem()
+        mosaic.barrier_arrive(here.elimination_ready)
+        end = mosaic.load(here.ends.at[slot, tokens], COLUMNS)
+        left = pieces(own * along_columns(end * end, thin), COVARIANCE_PIECES)
+        right = _across(here.moved, COVARIANCE_PIECES, pl.ds(0, WIDTH))
+        absorbed = multiply(square, pairs(left, right, 3))
+        kept = here.alphas[slot, start + BLOCK - 1]
+        added = here.drifts[slot, start + BLOCK - 1]
+        return (covariance * (kept * kept) + identity * added - absorbed,)
+
+    return block
+
+
+def _wide_block(share, here, slot, start, covariance):
+    """A block of wider keys, for each warpgroup that holds 64 rows of P.
+
+    Covariances are split a tile at a time and indices found anew in every block, for registers.
+    """
+    thin, square = (WIDTH, BLOCK), (WIDTH, WIDTH)
+    multiply = partial(mosaic.product, interpret=here.interpret)
+    tokens, own = pl.ds(start, BLOCK), pl.ds(share * WIDTH, WIDTH)
+    tiles = [pl.ds(j * WIDTH, WIDTH) for j in range(len(covariance))]
+
+    def upright(ref):
+        return sum(
+            mosaic.load_transposed(ref.at[slot, p, tokens, own]) for p in range(ref.shape[1])
+        )
+
+    carried = seen = mosaic.zeros(thin)
+    for tile, columns in zip(covariance, tiles, strict=True):
+        split = pieces(tile, COVARIANCE_PIECES)
+        keys = _operands(here.keys, slot, tokens, columns)
+        queries = _operands(here.queries, slot, tokens, columns)
+        carried = carried + multiply(thin, pairs(split, keys, 3))
+        seen = seen + multiply(thin, pairs(split, queries, 3))
+    alpha = mosaic.load(here.alphas.at[slot, tokens], COLUMNS)
+    fade = along_columns(alpha * alpha, thin)
+    drift = along_columns(mosaic.load(here.drifts.at[slot, tokens], COLUMNS), thin)
+    tied = carried * fade + upright(here.keys) * drift
+    mosaic.store_transposed(here.columns.at[:, own], tied)
+    for piece, part in enumerate(pieces(tied, COVARIANCE_PIECES)):
+        here.drawn.at[piece, own][...] = part
+    mosaic.commit_smem()
+    mosaic.barrier_arrive(here.drawn_ready)
+    query = upright(here.queries)
+    seen = (seen * fade + query * drift) * query
+    mosaic.barrier_wait(here.drawn_ready)
+    drawn = [here.drawn.at[piece] for piece in range(COVARIANCE_PIECES)]
+    between = multiply((CHUNK, BLOCK), pairs(_operands(here.keys, slot), drawn, 3))
+    here.joint.at[share][...] = between * mosaic.load(here.ratios.at[slot])
+    mosaic.barrier_wait(here.innovations_ready)
+    mosaic.store_transposed(here.read.at[tokens, own], seen)
+    _eliminate(here, share, slot, tokens)
+    whitened = mosaic.load_transposed(here.whitened.at[:, own])
+    for piece, part in enumerate(pieces(whitened, COVARIANCE_PIECES)):
+        here.moved.at[piece, own][...] = part
+    mosaic.commit_smem()
+    mosaic.barrier_arrive(here.elimination_ready)
+    end = mosaic.load(here.ends.at[slot, tokens], COLUMNS)
+    left = pieces(whitened * along_columns(end * end, thin), COVARIANCE_PIECES)
+    kept = here.alphas[slot, start + BLOCK - 1]
+    added = here.drifts[slot, start + BLOCK - 1]
+    # 0, which the compiler cannot know.
+    anew = jnp.where(kept < 0, 1, 0)
+    mosaic.barrier_wait(here.elimination_ready)
+    moved = []
+    for j, (tile, columns) in enumerate(zip(covariance, tiles, strict=True)):
+        right = _across(here.moved, COVARIANCE_PIECES, columns)
+        absorbed = multiply(square, pairs(left, right, 3))
+        row = mosaic.index(square, 0) + ((share - j) * WIDTH + anew)
+        drifted = jnp.where(row == mosaic.index(square, 1), added, jnp.float32(0))
+        moved.append(tile * (kept * kept) + drifted - absorbed)
+    return tuple(moved)

@@ -7,6 +7,7 @@ float32's digits, two leave 2⁻¹⁷. Products of pieces whose indices sum to t
 below what is kept, and left out (`product`).
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -295,38 +296,51 @@ def _invert_blocks_by_threads(ctx, factor, scale):
     mosaic_utils.warpgroup_barrier()
 
 
-def eliminate(joint, noise, decay, columns, whitened, inverse_deviation, interpret: bool):
+def eliminate(
+    joint, noise, decay, columns, whitened, inverse_deviation, keys: int, interpret: bool
+):
     r"""Whiten a block of 16 tokens, each thread its own column.
 
     With G = joint + diag(noise) = L Lᵀ, whose lower triangle is read,
 
     $$ u_t = \Bigl(e_t - \sum_{s<t} L_{ts}\, a_{s+1}\cdots a_t\, u_s\Bigr) / L_{tt} $$
 
-    for the first 64 columns, which decay, and the same with a = 1 for the others.
+    for columns of keys, which decay, and the same with a = 1 for the 64 of values that follow.
+    Warpgroup g whitens keys 64 g to 64 g + 63, the first one values too.
 
     Args:
         joint: (16, 16) in shared memory.
         noise: (16,).
         decay: a, (16,).
-        columns: e, (16, 128).
+        columns: e, (16, keys + 64).
         whitened: where u is left.
         inverse_deviation: (16,), where 1/L_tt is left.
+        keys: how many columns decay, 64 a warpgroup.
         interpret: whether the kernel is interpreted, which knows no shuffles.
     """
-    form: Any = _eliminate_plainly if interpret else _eliminate_by_shuffles
+    form: Any = partial(_eliminate_plainly if interpret else _eliminate_by_shuffles, keys)
+    if not interpret:
+        form = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 6)(form)
     form(joint, noise, decay, columns, whitened, inverse_deviation)
 
 
-def _eliminate_plainly(joint, noise, decay, columns, whitened, inverse_deviation):
+def _eliminate_plainly(keys, joint, noise, decay, columns, whitened, inverse_deviation):
+    warpgroup = lax.axis_index("wg")
     entry = [[joint[m, n] for n in range(m + 1)] for m in range(BLOCK)]
     thread = index((WARPGROUP,), 0, _THREADS)
     ones = jnp.ones((WARPGROUP,), jnp.float32)
     kept = [jnp.where(thread < 64, ones * decay[t], ones) for t in range(BLOCK)]
-    column = [plgpu.load(columns.at[t, pl.ds(0, WARPGROUP)], layout=_THREADS) for t in range(BLOCK)]
+    own, values = pl.ds(warpgroup * 64, 64), pl.ds(keys, 64)
+    column = [jnp.concatenate([columns[t, own], columns[t, values]]) for t in range(BLOCK)]
     for t in range(BLOCK):
         scale = lax.rsqrt(entry[t][t] + noise[t])
         column[t] = column[t] * scale
-        whitened[t, pl.ds(0, WARPGROUP)] = column[t]
+        whitened[t, own] = column[t][:64]
+
+        @pl.when(warpgroup == 0)
+        def _(t=t):
+            whitened[t, values] = column[t][64:]
+
         inverse_deviation[t] = scale
         factor = {m: entry[m][t] * scale for m in range(t + 1, BLOCK)}
         faded = column[t]
@@ -337,8 +351,7 @@ def _eliminate_plainly(joint, noise, decay, columns, whitened, inverse_deviation
                 entry[m][n] = entry[m][n] - factor[m] * factor[n]
 
 
-@plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 6)
-def _eliminate_by_shuffles(ctx, joint, noise, decay, columns, whitened, inverse_deviation):
+def _eliminate_by_shuffles(keys, ctx, joint, noise, decay, columns, whitened, inverse_deviation):
     # Row m of G lies in the registers of lane m % 16 of every warp, and warp shuffles broadcast
     # its entries; two pivots share the latency of a reciprocal root.
     del ctx
@@ -377,6 +390,12 @@ def _eliminate_by_shuffles(ctx, joint, noise, decay, columns, whitened, inverse_
     lane = arith.remui(thread, at(BLOCK))
     one = arith.constant(f32, 1.0)
     fading = arith.cmpi(arith.CmpIPredicate.ult, thread, at(64))
+    place, owned = thread, None
+    if keys > 64:
+        warpgroup = arith.divui(gpu.thread_id(gpu.Dimension.x), at(WARPGROUP))
+        first = arith.muli(warpgroup, at(64))
+        place = arith.addi(thread, arith.select(fading, first, at(keys - 64)))
+        owned = arith.ori(fading, arith.cmpi(arith.CmpIPredicate.eq, warpgroup, at(0)))
     # Generic stores to shared memory alone are waited for: no operand of the tensor cores.
     mosaic_utils.warpgroup_barrier()
     entry = [memref.load(joint, [lane, at(j)]) for j in range(BLOCK)]
@@ -384,10 +403,11 @@ def _eliminate_by_shuffles(ctx, joint, noise, decay, columns, whitened, inverse_
     kept = [
         arith.select(fading, memref.load(decay, [at(j)]), one) if j else one for j in range(BLOCK)
     ]
-    column = [memref.load(columns, [at(j), thread]) for j in range(BLOCK)]
+    column = [memref.load(columns, [at(j), place]) for j in range(BLOCK)]
 
     def leave(j, scale):
-        memref.store(column[j], whitened, [at(j), thread])
+        with contextlib.nullcontext() if owned is None else mosaic_utils.when(owned):
+            memref.store(column[j], whitened, [at(j), place])
         memref.store(scale, inverse_deviation, [at(j)])
 
     for j in range(0, BLOCK, 2):
