@@ -118,9 +118,7 @@ def peer(kind: str, shape: Shape) -> Callable[[Stream], tuple[Array]]:
 
 def contenders(shape: Shape, config: Config) -> dict[str, Callable[[Stream], tuple[Array, ...]]]:
     """What is timed on a shape."""
-    out: dict[str, Callable[[Stream], tuple[Array, ...]]] = {}
-    if shape.width == 64:
-        out[OURS] = exact("mosaic")
+    out: dict[str, Callable[[Stream], tuple[Array, ...]]] = {OURS: exact("mosaic")}
     if importlib.util.find_spec("jla") is not None:
         peers = PEERS.items() if shape.width == 64 else list(PEERS.items())[:1]
         out |= {f"{label}, jax-linear-attention": peer(kind, shape) for label, kind in peers}
@@ -195,8 +193,9 @@ def run(config: Config, seed: int, progress: Callable[[dict[str, Any]], None]) -
         for label, function in contenders(shape, config).items():
             timings.append(asdict(timed(shape, label, function, stream, config)))
             progress({"timings": timings, "errors": errors})
-    first, second, *_ = config.shapes
-    for shape, dtype in ((first, "bfloat16"), (first, "float32"), (second, "bfloat16")):
+    first, second, wide = config.shapes
+    cases = (first, "bfloat16"), (first, "float32"), (second, "bfloat16"), (wide, "bfloat16")
+    for shape, dtype in cases:
         errors.append(asdict(accuracy(shape, dtype, config, seed)))
         progress({"timings": timings, "errors": errors})
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float
 
-from . import reverse
+from . import reverse, wide
 from .blocks import rates, ratios_within, sums
 from .forward import CHUNK, WIDTH, filter_blocks, split
 
@@ -157,7 +157,8 @@ def _backward(values: int, interpret: bool, residuals, of: Filtered):
     of_drift = found["drift"].reshape(-1, CHUNK)
     of_drift = of_drift.at[:, -1].add(at_ends(found["trace"], jnp.trace(of_last_covariance)))
     of_added = jnp.sum(of_drift[:, :, None] * ratios**2, axis=1)
-    at_last = jnp.sum(last_mean * of.last_mean + 2 * last_covariance * of_last_covariance)
+    at_last = jnp.sum(last_mean * of.last_mean)
+    at_last = at_last + 2 * jnp.sum(last_covariance * of_last_covariance)
     moved = found["moved"].reshape(-1, CHUNK) - 2 * added * of_added
     since = jnp.flip(jnp.cumsum(jnp.flip(moved, -1), axis=-1), -1)
     of_log_decay = (since + at_ends(found["scale"], at_last)[:, None]).reshape(-1)
@@ -184,19 +185,10 @@ def _reverse_rows(values: int, interpret: bool, key, query, whitened, of_mean, *
     found = reverse.local(
         keys, queries, whitened, of_mean, by_chunk, values=values, interpret=interpret
     )
-    return reverse.recur(
-        keys,
-        queries,
-        of_mean,
-        by_chunk,
-        found,
-        means,
-        covariances,
-        of_last_mean,
-        of_last_covariance,
-        dtype=key.dtype,
-        interpret=interpret,
-    )
+    rest = of_mean, by_chunk, found, means, covariances, of_last_mean, of_last_covariance
+    if key.shape[-1] > WIDTH:
+        return wide.recur(key, query, *rest)
+    return reverse.recur(keys, queries, *rest, dtype=key.dtype, interpret=interpret)
 
 
 _filter_head.defvjp(_forward, _backward)

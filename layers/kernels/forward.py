@@ -34,6 +34,7 @@ queries are read once, in one form: 640, 84; 256, 768, 8 and 1536.
 
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -351,7 +352,7 @@ def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
         mosaic.wait_out(0)
 
 
-def _operands(ref, slot, tokens=None, columns=slice(None)):
+def _operands(ref, slot, tokens=None, columns: Any = slice(None)):
     """Pieces of a chunk's keys or queries; or of a block's, upright."""
     every = range(ref.shape[1])
     if tokens is None:

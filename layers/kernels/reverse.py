@@ -117,18 +117,26 @@ def local(
         interpret: whether to run the kernel's simulation on a CPU.
 
     Returns:
-        B, Θ and the cotangent of read-outs times ρ in pieces (row, chunk, piece, 64, 64); what
-        readings ask of values and of the joint covariance (the lower triangle, times ρ) in
+        B, Θ and the cotangent of read-outs times ρ in pieces (row, chunk, piece, 64, 64 or key);
+        what readings ask of values and of the joint covariance (the lower triangle, times ρ) in
         float32 (row, chunk, 64, 64).
     """
-    rows, depth, time, _ = key.shape
+    rows, depth, time, width = key.shape
     chunks = time // CHUNK
-    pieced = jax.ShapeDtypeStruct((rows, chunks, PIECES, *SQUARE), jnp.bfloat16)
-    out = [pieced] * 3 + [jax.ShapeDtypeStruct((rows, chunks, *SQUARE), jnp.float32)] * 2
+    wide = width > WIDTH
+    slots = 1 if wide and depth > 1 else 2
+    broad = CHUNK, width
+
+    def pieced(shape):
+        return jax.ShapeDtypeStruct((rows, chunks, PIECES, *shape), jnp.bfloat16)
+
+    out = [pieced(broad), pieced(SQUARE), pieced(SQUARE)]
+    out += [jax.ShapeDtypeStruct((rows, chunks, *SQUARE), jnp.float32)] * 2
     parts = max(1, min(chunks, PROCESSORS // rows))
     form = mosaic.operands_of(WIDTH // SHARES)
     operand = mosaic.SMEM((1, PIECES, *SQUARE), jnp.bfloat16, transforms=form)
-    given = mosaic.SMEM((2, depth, *SQUARE), jnp.bfloat16, transforms=form)
+    moved = mosaic.SMEM((1, PIECES, *broad), jnp.bfloat16, transforms=form)
+    given = mosaic.SMEM((slots, depth, *broad), jnp.bfloat16, transforms=form)
     run = mosaic.kernel(
         partial(_local, chunks=chunks, parts=parts, values=values, interpret=interpret),
         out,
@@ -137,7 +145,8 @@ def local(
             given,
             given,
             mosaic.SMEM((2, *numbers.shape[2:]), jnp.float32),
-            *[operand] * 5,
+            moved,
+            *[operand] * (5 if wide else 4),
             mosaic.SMEM((CHUNK, WIDTH + 4), jnp.float32),
             mosaic.barrier(num_arrivals=1 + 2 * depth, num_barriers=2),
             mosaic.barrier(num_arrivals=SHARES),
@@ -246,6 +255,10 @@ def _local(
     row, part = lax.axis_index("row"), lax.axis_index("part")
     here = _Share(lax.axis_index("wg"), WIDTH // SHARES, interpret)
     keys_in, queries_in, vectors, *operands, blocks, arrived, met = scratch
+    width, early = keys_in.shape[-1], keys_in.shape[0] == 2
+    wide = width > WIDTH
+    # A share of what has a column a key.
+    broad = _Share(lax.axis_index("wg"), width // SHARES, interpret) if wide else here
 
     def at(step):
         # The last program may find its last chunk twice.
@@ -256,8 +269,8 @@ def _local(
         mosaic.copy_in(numbers_in.at[row, chunk], vectors.at[slot], arrived.at[slot])
         for source, target in ((key, keys_in), (query, queries_in)):
             for piece in range(target.shape[1]):
-                from_, to = source.at[row, piece, tokens], target.at[slot, piece]
-                mosaic.copy_in(from_, to, arrived.at[slot])
+                to = target.at[slot if early else 0, piece]
+                mosaic.copy_in(source.at[row, piece, tokens], to, arrived.at[slot])
 
     @pl.when(here.first == 0)
     def _():
@@ -271,11 +284,19 @@ def _local(
             ref.at[row, chunk, :, here.columns][...] = matrix
 
         def covariances():
-            return here.load(whitened.at[row, tokens])
+            return broad.load(whitened.at[row, tokens])
 
         def surprises():
-            own = pl.ds(WIDTH + here.first, WIDTH // SHARES)
+            own = pl.ds(width + here.first, WIDTH // SHARES)
             return mosaic.load(whitened.at[row, tokens, own])
+
+        def fetch_next():
+            @pl.when(jnp.logical_and(here.first == 0, step + 1 < steps))
+            def _():
+                fetch(at(step + 1), 1 - slot)
+                after = pl.ds(at(step + 1) * CHUNK, CHUNK)
+                for ref in (whitened, of_mean):
+                    mosaic.prefetch(ref.at[row, after], interpret)
 
         surprise, uncovered = surprises(), covariances()
         cotangent = here.load(of_mean.at[row, tokens])
@@ -286,20 +307,17 @@ def _local(
             mosaic.wait_out(0, wait_read_only=True)
 
         mosaic.meet(met, interpret)
-
-        @pl.when(jnp.logical_and(here.first == 0, step + 1 < steps))
-        def _():
-            fetch(at(step + 1), 1 - slot)
-            after = pl.ds(at(step + 1) * CHUNK, CHUNK)
-            for ref in (whitened, of_mean):
-                mosaic.prefetch(ref.at[row, after], interpret)
-
+        if early:
+            fetch_next()
         mosaic.barrier_wait(arrived.at[slot])
         numbers = _numbers_of(vectors.at[slot])
         only = _opaque_zero(vectors, slot)
-        places = [keys_in.at[slot], queries_in.at[slot], *(ref.at[only] for ref in operands)]
-        keys, queries, moved, spare, given, reads, inverses = map(_Pieces, places)
-        here.put(moved.ref, uncovered)
+        place = slot if early else only
+        places = [keys_in.at[place], queries_in.at[place], *(ref.at[only] for ref in operands)]
+        keys, queries, moved, spare, given, reads, inverses, *others = map(_Pieces, places)
+        # Where values are fewer than keys, what has a column a key has its own place.
+        lowered, faded, weights = (*others, moved, moved) if wide else (moved, reads, given)
+        broad.put(moved.ref, uncovered)
         here.put(spare.ref, surprise)
         here.put(given.ref, cotangent)
         mosaic.meet(met, interpret)
@@ -308,13 +326,15 @@ def _local(
         read = here.times((queries, moved.T)) * ratios
         here.put(reads.ref, read)
         mosaic.meet(met, interpret)
+        if not early:
+            fetch_next()
         of_surprise = here.times((reads.T, given)) - here.along(numbers.of_evidence) * surprise
         of_read = here.times((given, spare.T)) - 2 * here.along(numbers.of_variance) * read
         mosaic.meet(met, interpret)
         here.put(given.ref, of_surprise)
-        here.put(moved.ref, here.lower(of_read))
+        here.put(lowered.ref, here.lower(of_read))
         mosaic.meet(met, interpret)
-        inner = here.times((given, spare.T), (moved.T, reads))
+        inner = here.times((given, spare.T), (lowered.T, reads))
         evidence = here.diagonal(here.along(numbers.of_evidence))
         inner = here.halved(inner) + evidence * (values / 2)
         mosaic.meet(met, interpret)
@@ -327,23 +347,28 @@ def _local(
         uncovered, surprise = covariances(), surprises()
         here.put(spare.ref, here.times((inverses.T, reads), (inverses.T, reads.T)))
         mosaic.meet(met, interpret)
-        here.put(reads.ref, here.along(numbers.end) * uncovered)
+        broad.put(faded.ref, broad.along(numbers.end) * uncovered)
         # Ḡ is minus half the product, and its lower triangle off the diagonal counts twice.
         ratios = here.ratios(numbers)
         leave(of_joint_out, -here.halved(here.times((spare, inverses))) * ratios)
-        of_read = here.times((moved, inverses)) * ratios
+        of_read = here.times((lowered, inverses)) * ratios
         leave(of_value_out, here.times((inverses.T, given)))
         mosaic.meet(met, interpret)
         here.put(spare.ref, surprise)
-        here.put(moved.ref, of_read)
-        here.put(given.ref, here.times((inverses.T, reads)))
+        here.put(lowered.ref, of_read)
+        weight = broad.times((inverses.T, faded))
+        if not wide:
+            broad.put(weights.ref, weight)
         mosaic.meet(met, interpret)
+        if wide:
+            broad.put(weights.ref, weight)
         here.put(reads.ref, here.times((inverses.T, spare)))
         mosaic.meet(met, interpret)
 
         @pl.when(here.first == 0)
         def _():
-            for place, ref in ((given, weights_out), (reads, explained_out), (moved, of_read_out)):
+            outputs = (weights, weights_out), (reads, explained_out), (lowered, of_read_out)
+            for place, ref in outputs:
                 for piece in range(PIECES):
                     mosaic.copy_out(place.ref.at[piece], ref.at[row, chunk, piece])
 
