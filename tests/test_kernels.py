@@ -133,12 +133,11 @@ def test_simulated_values_of_128_rows_and_their_gradients_are_the_definition():
     assert_within(found, expected(arguments, starts), "bfloat16")
 
 
-def test_simulated_values_of_keys_128_wide_are_the_definition(capfd):
-    case = Case(20, 128, 64, decay="scalar", drift="scalar", starts=(3,))
+def test_simulated_values_of_keys_128_wide_and_their_gradients_are_the_definition():
+    case = Case(9, 128, 64, decay="scalar", drift="scalar", starts=(3,))
     arguments, starts = draw(case, "bfloat16")
-    values = errors(outputs(arguments, starts, simulated), expected(arguments, starts)[1])
-    assert not {name for name, error in values.items() if not error <= 1e-4}
-    assert "RACE" not in capfd.readouterr().out
+    found = differentiated(simulated)(arguments, starts)
+    assert_within(found, expected(arguments, starts), "bfloat16")
 
 
 @pytest.mark.exhaustive
@@ -173,9 +172,9 @@ def test_simulated_heads_that_write_twice_a_token_are_mapped():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("keys", "kernels"), [(64, 3), (128, 2)])
-def test_kernels_lower_for_cuda(keys, kernels, dtype):
-    """The whole gradient, and so all kernels; also alone, which saves no states.
+@pytest.mark.parametrize("keys", [64, 128])
+def test_kernels_lower_for_cuda(keys, dtype):
+    """The whole gradient, and so all three kernels; also alone, which saves no states.
 
     Lowering fails where shared memory is short, and where a transfer has no layout.
     """
@@ -188,7 +187,7 @@ def test_kernels_lower_for_cuda(keys, kernels, dtype):
         with mosaic.lowering_mesh():
             return mapped.trace(heads).lower(lowering_platforms=("cuda",)).as_text()
 
-    assert lower(differentiated(kernel_scan)).count("mosaic_gpu_v2") == kernels
+    assert lower(differentiated(kernel_scan)).count("mosaic_gpu_v2") == 3
     assert lower(lambda *inputs: outputs(*inputs, kernel_scan)).count("mosaic_gpu_v2") == 1
 
 

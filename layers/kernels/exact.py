@@ -186,9 +186,8 @@ def _reverse_rows(values: int, interpret: bool, key, query, whitened, of_mean, *
         keys, queries, whitened, of_mean, by_chunk, values=values, interpret=interpret
     )
     rest = of_mean, by_chunk, found, means, covariances, of_last_mean, of_last_covariance
-    if key.shape[-1] > WIDTH:
-        return wide.recur(key, query, *rest)
-    return reverse.recur(keys, queries, *rest, dtype=key.dtype, interpret=interpret)
+    recur = reverse.recur if key.shape[-1] == WIDTH else wide.recur
+    return recur(keys, queries, *rest, dtype=key.dtype, interpret=interpret)
 
 
 _filter_head.defvjp(_forward, _backward)

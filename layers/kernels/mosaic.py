@@ -70,7 +70,7 @@ def kernel(
     warpgroups: int,
     interpret: bool,
     *,
-    reduces: bool = True,
+    reduction_bytes: int = 6144,
 ) -> Callable[..., Any]:
     """A kernel whose warpgroups are axis "wg"; synchronisation is its body's own.
 
@@ -90,7 +90,7 @@ def kernel(
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=6144 if reduces else 16,
+            reduction_scratch_bytes=reduction_bytes,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         **simulated,

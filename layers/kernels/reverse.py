@@ -90,7 +90,7 @@ class Numbers(NamedTuple):
         return jnp.swapaxes(cut, 1, 2)
 
 
-def _numbers_of(ref) -> Numbers:
+def numbers_of(ref) -> Numbers:
     """References to each of a chunk's numbers."""
     return Numbers(*(ref.at[index] for index in range(len(Numbers._fields))))
 
@@ -153,16 +153,16 @@ def local(
         ],
         SHARES,
         interpret,
-        reduces=False,
+        reduction_bytes=16,
     )
     return run(key, query, whitened, of_mean, numbers)
 
 
-class _Share:
+class Share:
     """A warpgroup's share of the columns of a chunk's matrices: indices, vectors, ratios."""
 
-    def __init__(self, which, width, interpret):
-        self.shape = (CHUNK, width)
+    def __init__(self, which, width, interpret, rows=CHUNK):
+        self.shape = (rows, width)
         self.first = which * width
         self.columns = pl.ds(self.first, width)
         self.i = mosaic.index(self.shape, 0)
@@ -214,7 +214,7 @@ class _Share:
         return self.multiply(terms)
 
 
-class _Pieces:
+class Pieces:
     """A matrix in shared memory, or its transpose."""
 
     def __init__(self, ref, transposed=False):
@@ -222,7 +222,7 @@ class _Pieces:
 
     @property
     def T(self):
-        return _Pieces(self.ref, not self.transposed)
+        return Pieces(self.ref, not self.transposed)
 
     def left(self):
         parts = [self.ref.at[piece] for piece in range(self.ref.shape[0])]
@@ -253,12 +253,12 @@ def _local(
     interpret,
 ):
     row, part = lax.axis_index("row"), lax.axis_index("part")
-    here = _Share(lax.axis_index("wg"), WIDTH // SHARES, interpret)
+    here = Share(lax.axis_index("wg"), WIDTH // SHARES, interpret)
     keys_in, queries_in, vectors, *operands, blocks, arrived, met = scratch
     width, early = keys_in.shape[-1], keys_in.shape[0] == 2
     wide = width > WIDTH
     # A share of what has a column a key.
-    broad = _Share(lax.axis_index("wg"), width // SHARES, interpret) if wide else here
+    broad = Share(lax.axis_index("wg"), width // SHARES, interpret) if wide else here
 
     def at(step):
         # The last program may find its last chunk twice.
@@ -310,11 +310,11 @@ def _local(
         if early:
             fetch_next()
         mosaic.barrier_wait(arrived.at[slot])
-        numbers = _numbers_of(vectors.at[slot])
-        only = _opaque_zero(vectors, slot)
+        numbers = numbers_of(vectors.at[slot])
+        only = opaque_zero(vectors, slot)
         place = slot if early else only
         places = [keys_in.at[place], queries_in.at[place], *(ref.at[only] for ref in operands)]
-        keys, queries, moved, spare, given, reads, inverses, *others = map(_Pieces, places)
+        keys, queries, moved, spare, given, reads, inverses, *others = map(Pieces, places)
         # Where values are fewer than keys, what has a column a key has its own place.
         lowered, faded, weights = (*others, moved, moved) if wide else (moved, reads, given)
         broad.put(moved.ref, uncovered)
@@ -379,7 +379,7 @@ def _local(
     mosaic.wait_out(0)
 
 
-def _opaque_zero(vectors, slot):
+def opaque_zero(vectors, slot):
     """0, which the compiler cannot know.
 
     Buffers are indexed by it: otherwise the compiler computes every operand's descriptor once,
@@ -491,7 +491,7 @@ def _recur(*refs, names, chunks, interpret):
     out = dict(zip(names, refs[13 : 13 + len(names)], strict=True))
     *buffers, vectors, arrived, handed, numbered, met = refs[13 + len(names) :]
     row, share = lax.axis_index("row"), lax.axis_index("wg")
-    here = _Share(share, WIDTH // SHARES, interpret)
+    here = Share(share, WIDTH // SHARES, interpret)
 
     def fetch_numbers(c, slot):
         mosaic.copy_in(numbers_in.at[row, c], vectors.at[slot], numbered.at[slot])
@@ -504,7 +504,7 @@ def _recur(*refs, names, chunks, interpret):
         of_mean_end, of_covariance_end = carry
         c = chunks - 1 - step
         tokens, slot = pl.ds(c * CHUNK, CHUNK), lax.rem(step, 2)
-        numbers = _numbers_of(vectors.at[slot])
+        numbers = numbers_of(vectors.at[slot])
 
         def leave(name, matrix):
             ref = out[name]
@@ -535,8 +535,8 @@ def _recur(*refs, names, chunks, interpret):
         mosaic.barrier_wait(numbered.at[slot])
         fade, added = here.along(numbers.alpha), here.along(numbers.drift)
         kept = vectors[slot, 2, CHUNK - 1]
-        only = _opaque_zero(vectors, slot)
-        places = [_Pieces(ref.at[only]) for ref in buffers]
+        only = opaque_zero(vectors, slot)
+        places = [Pieces(ref.at[only]) for ref in buffers]
         keys, queries, weights, spreads, reads, mean, covariance, *places = places
         of_means, of_covariances, of_values, joints, given, squares = places
         cotangent = here.load(of_mean.at[row, tokens])

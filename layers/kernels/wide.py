@@ -1,21 +1,38 @@
-"""The gradient's recursion across chunks in XLA, for keys whose matrices a kernel cannot hold."""
+"""The gradient's recursion across chunks (`kernels.reverse`) for keys of 128.
+
+**Layout.** Two warpgroups hold half of the columns of M̄ (64 × 128) and P̄ (128 × 128) each: 96
+registers a thread. What a chunk needs as operands would take 400 kB of shared memory in float32,
+two bfloat16 pieces each, so that five places are used more than once:
+
+| place | kB | holds in turn |
+|---|---|---|
+| `weights` | 32 | B; half of α² Ē |
+| `squares` | 64 | P̄; what B̄ amounts to; P; E and α² v̄ X |
+| `states` | 32 | M̄; M |
+| `small` | 16 | Θ; Ḡ; −α V̄ |
+| `reads` | 16 | cotangent of read-outs times ρ; α Ȳ |
+
+beside 64 kB for keys and queries, 32 in bfloat16. States are copied once their places are free.
+"""
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from .blocks import ratios_within
-from .forward import CHUNK
-from .reverse import Numbers
+from . import mosaic
+from .forward import CHUNK, WIDTH
+from .reverse import PIECES, SHARES, SQUARE, Pieces, Share, numbers_of, opaque_zero
 
-_product = partial(jnp.einsum, precision="highest")
+_SUMS = ("noise", "drift", "moved", "trace", "scale")
 
 
 def recur(
-    key: Float[Array, "row time key"],
-    query: Float[Array, "row time key"],
+    key: Float[Array, "row piece time key"],
+    query: Float[Array, "row piece time key"],
     of_mean: Float[Array, "row time value"],
     numbers: Float[Array, "row chunk number token"],
     found: tuple[Array, ...],
@@ -23,96 +40,186 @@ def recur(
     covariances: Float[Array, "row chunk piece_of_state key key"],
     of_last_mean: Float[Array, "row value key"],
     of_last_covariance: Float[Array, "row key key"],
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    interpret: bool = False,
 ) -> dict[str, Array]:
-    """What `reverse.recur` returns, of whole keys and queries.
-
-    The states' cotangents at all chunks' ends come from a scan, and then everything that tokens
-    are asked, linear in them, from products over all chunks at once.
-    """
-    rows, time, _ = key.shape
-    f32, dtype = jnp.float32, key.dtype
-
-    def by_chunk(array):
-        cut = array.astype(f32).reshape(rows, time // CHUNK, CHUNK, -1)
-        return jnp.swapaxes(cut, 0, 1)
-
-    def whole(pieces):
-        return jnp.swapaxes(pieces.astype(f32).sum(axis=2), 0, 1)
-
-    keys, queries, cotangents = map(by_chunk, (key, query, of_mean))
-    parts = map(whole, (*found[:3], means, covariances))
-    weights, spreads, reads, mean, covariance = parts
-    of_value, of_joint = (jnp.swapaxes(array, 0, 1) for array in found[3:])
-    vectors = Numbers(*jnp.moveaxis(numbers, 2, 0).swapaxes(1, 2))
-    ratios = ratios_within(vectors.total, vectors.document)
-    alpha, drift, end, of_variance = (
-        vector[..., None]
-        for vector in (vectors.alpha, vectors.drift, vectors.end, vectors.of_variance)
-    )
-    local = keys, queries, cotangents, weights, spreads, reads, of_value, of_joint, ratios
-    chunks = *local, alpha, drift, end, of_variance
-
-    def tokens(chunk, of_mean_end, of_covariance_end):
-        """What a chunk's end asks of its values, joint covariance and E, beside its readings."""
-        key, query, _, weights, spreads, reads, of_value, of_joint, ratios, *_, end, _ = chunk
-        guided = _product("rtv,rvk->rtk", spreads, of_mean_end)
-        spread = _product("rtk,rkl->rtl", weights, of_covariance_end)
-        of_value = of_value + _product("rtk,rvk->rtv", weights, of_mean_end)
-        between = _product("rtk,rsk->rts", guided - spread, weights)
-        between = jnp.tril(between + jnp.swapaxes(between, 1, 2))
-        between = between - jnp.eye(CHUNK) * between / 2
-        joint = of_joint - between * ratios
-        of_tied = end * (guided - 2 * spread)
-        of_tied = of_tied + _product("rts,rtk->rsk", joint, key)
-        return of_value, joint, of_tied + _product("rts,rtk->rsk", reads, query)
-
-    def through(carry, chunk):
-        of_mean_end, of_covariance_end = carry
-        key, query, cotangent, *_, alpha, _, _, of_variance = chunk
-        of_value, _, of_tied = tokens(chunk, of_mean_end, of_covariance_end)
-        kept = alpha[:, -1:]
-        of_mean = kept * of_mean_end - _product("rtv,rtk->rvk", alpha * of_value, key)
-        of_mean = of_mean + _product("rtv,rtk->rvk", alpha * cotangent, query)
-        crossed = _product("rtk,rtl->rkl", key, alpha**2 * of_tied)
-        squared = _product("rtk,rtl->rkl", query, alpha**2 * of_variance * query)
-        of_covariance = kept**2 * of_covariance_end + squared
-        of_covariance = of_covariance + (crossed + jnp.swapaxes(crossed, 1, 2)) / 2
-        return (of_mean, of_covariance), (carry, (of_mean, of_covariance))
-
-    last = of_last_mean, of_last_covariance
-    first, (ends, starts) = jax.lax.scan(through, last, chunks, reverse=True)
-
-    def finished(chunk, mean, covariance, of_mean_end, of_covariance_end):
-        key, query, cotangent, *_, reads, _, _, _, alpha, drift, _, of_variance = chunk
-        of_value, joint, of_tied = tokens(chunk, of_mean_end, of_covariance_end)
-        faded = alpha**2 * of_tied
-        tied = alpha**2 * _product("rtk,rkl->rtl", key, covariance) + drift * key
-        unread = alpha**2 * _product("rtk,rkl->rtl", query, covariance) + drift * query
-        of_key = drift * of_tied + _product("rts,rsk->rtk", joint, tied)
-        of_key = of_key + _product("rtk,rkl->rtl", faded, covariance)
-        of_key = of_key - _product("rtv,rvk->rtk", alpha * of_value, mean)
-        of_query = 2 * of_variance * unread + _product("rts,rsk->rtk", reads, tied)
-        of_query = of_query + _product("rtv,rvk->rtk", alpha * cotangent, mean)
-        noise = jnp.diagonal(joint, axis1=1, axis2=2)
-        of_drift = jnp.sum(key * of_tied + of_variance * query**2, axis=-1)
-        moved = jnp.sum(key * of_key + query * of_query, axis=-1)
-        return of_key, of_value, of_query, noise, of_drift, moved
-
-    of_tokens = jax.vmap(finished)(chunks, mean, covariance, *ends)
-    of_key, of_value, of_query, noise, of_drift, moved = (
-        jnp.swapaxes(array, 0, 1).reshape(rows, time, *array.shape[3:]) for array in of_tokens
-    )
-    of_means, of_covariances = starts
-    scale = jnp.sum(mean * of_means, axis=-2) + 2 * jnp.sum(covariance * of_covariances, axis=-2)
-    return {
-        "key": of_key.astype(dtype),
-        "value": of_value.astype(dtype),
-        "query": of_query.astype(dtype),
-        "noise": noise,
-        "drift": of_drift,
-        "moved": moved,
-        "trace": jnp.swapaxes(jnp.diagonal(of_covariances, axis1=2, axis2=3), 0, 1),
-        "scale": jnp.swapaxes(scale, 0, 1),
-        "first_mean": first[0],
-        "first_covariance": first[1],
+    """Pass through the chunks from the last to the first; what `reverse.recur` returns."""
+    rows, depth, time, width = key.shape
+    chunks = time // CHUNK
+    f32 = jnp.float32
+    out = {
+        **dict.fromkeys(("key", "query"), ((rows, time, width), dtype)),
+        "value": ((rows, time, WIDTH), dtype),
+        **dict.fromkeys(("noise", "drift", "moved"), ((rows, SHARES, time), f32)),
+        "trace": ((rows, SHARES, chunks, width), f32),
+        "scale": ((rows, SHARES, chunks, width + WIDTH), f32),
+        "first_mean": ((rows, WIDTH, width), f32),
+        "first_covariance": ((rows, width, width), f32),
     }
+    form = mosaic.operands_of(WIDTH // SHARES)
+
+    def operand(depth, *shape):
+        return mosaic.SMEM((1, depth, *shape), jnp.bfloat16, transforms=form)
+
+    scratch = {
+        "keys": operand(depth, CHUNK, width),
+        "queries": operand(depth, CHUNK, width),
+        "weights": operand(PIECES, CHUNK, width),
+        "squares": operand(PIECES, width, width),
+        "states": operand(PIECES, WIDTH, width),
+        "small": operand(PIECES, *SQUARE),
+        "reads": operand(PIECES, *SQUARE),
+        "vectors": mosaic.SMEM((1, *numbers.shape[2:]), f32),
+        "handed": mosaic.barrier(num_arrivals=1 + 2 * PIECES),
+        "arrived": mosaic.barrier(num_arrivals=2 * depth + PIECES),
+        "mean_there": mosaic.barrier(num_arrivals=PIECES),
+        "covariance_there": mosaic.barrier(num_arrivals=PIECES),
+        "met": mosaic.barrier(num_arrivals=SHARES),
+    }
+    body = partial(_recur, names=tuple(out), places=tuple(scratch), chunks=chunks)
+    run = mosaic.kernel(
+        partial(body, interpret=interpret),
+        [jax.ShapeDtypeStruct(*kind) for kind in out.values()],
+        {"row": rows},
+        list(scratch.values()),
+        SHARES,
+        interpret,
+        reduction_bytes=0,
+    )
+    states = means, covariances, of_last_mean, of_last_covariance
+    named = dict(zip(out, run(key, query, of_mean, numbers, *found, *states), strict=True))
+    return named | {name: named[name].sum(axis=1) for name in _SUMS}
+
+
+def _recur(*refs, names, places, chunks, interpret):
+    key, query, of_mean, numbers_in, weights_in, explained_in, reads_in = refs[:7]
+    of_value_in, of_joint_in, means, covariances, of_last_mean, of_last_covariance = refs[7:13]
+    out = dict(zip(names, refs[13 : 13 + len(names)], strict=True))
+    place = dict(zip(places, refs[13 + len(names) :], strict=True))
+    row, share = lax.axis_index("row"), lax.axis_index("wg")
+    width = key.shape[-1]
+    small = Share(share, WIDTH // SHARES, interpret)
+    broad = Share(share, width // SHARES, interpret)
+    square = Share(share, width // SHARES, interpret, rows=width)
+
+    def meet():
+        mosaic.meet(place["met"], interpret)
+
+    def chunk(step, carry):
+        of_mean_end, of_covariance_end = carry
+        c = chunks - 1 - step
+        tokens = pl.ds(c * CHUNK, CHUNK)
+
+        def bring(target, source, barrier):
+            for piece in range(PIECES):
+                mosaic.copy_in(source.at[row, c, piece], place[target].at[0, piece], place[barrier])
+
+        def leave(name, matrix, share):
+            ref = out[name]
+            ref.at[row, tokens, share.columns][...] = matrix.astype(ref.dtype)
+
+        def leave_sum(name, matrix, *at):
+            at = at or (tokens,)
+            out[name].at[(row, share, *at)][...] = jnp.sum(matrix, axis=1)
+
+        @pl.when(share == 0)
+        def _():
+            mosaic.copy_in(numbers_in.at[row, c], place["vectors"].at[0], place["handed"])
+            bring("weights", weights_in, "handed")
+            bring("small", explained_in, "handed")
+            bring("reads", reads_in, "arrived")
+            for source, target in ((key, "keys"), (query, "queries")):
+                for piece in range(source.shape[1]):
+                    from_, to = source.at[row, piece, tokens], place[target].at[0, piece]
+                    mosaic.copy_in(from_, to, place["arrived"])
+            before = jnp.maximum(c - 1, 0)
+            for ref in (weights_in, explained_in, reads_in, of_value_in, of_joint_in):
+                mosaic.prefetch(ref.at[row, before], interpret)
+            for ref in (means, covariances):
+                mosaic.prefetch(ref.at[row, before], interpret)
+            mosaic.prefetch(of_mean.at[row, pl.ds(before * CHUNK, CHUNK)], interpret)
+
+        of_value = small.load(of_value_in.at[row, c])
+        of_joint = small.load(of_joint_in.at[row, c])
+        broad.put(place["states"].at[0], of_mean_end)
+        square.put(place["squares"].at[0], of_covariance_end)
+        mosaic.barrier_wait(place["handed"])
+        numbers = numbers_of(place["vectors"].at[0])
+        kept = numbers.alpha[CHUNK - 1]
+        only = opaque_zero(place["vectors"], 0)
+        keys, queries, weights, squares, states, reused, reads = (
+            Pieces(place[name].at[only]) for name in places[:7]
+        )
+        upper, lower = (Pieces(squares.ref.at[:, pl.ds(first, CHUNK)]) for first in (0, CHUNK))
+        meet()
+        guided = broad.times((reused, states))
+        spread = broad.times((weights, squares))
+        of_value = of_value + small.times((weights, states.T))
+        leave("value", of_value, small)
+        of_tied = broad.along(numbers.end) * (guided - 2 * spread)
+        meet()
+
+        @pl.when(share == 0)
+        def _():
+            bring("states", means, "mean_there")
+
+        broad.put(upper.ref, guided - spread)
+        meet()
+        between = small.times((upper, weights.T), (weights, upper.T))
+        joint = of_joint - small.halved(between) * small.ratios(numbers)
+        leave_sum("noise", small.diagonal(joint))
+        small.put(reused.ref, joint)
+        meet()
+
+        @pl.when(share == 0)
+        def _():
+            bring("squares", covariances, "covariance_there")
+
+        mosaic.barrier_wait(place["arrived"])
+        of_tied = of_tied + broad.times((reused.T, keys), (reads.T, queries))
+        fade, added = broad.along(numbers.alpha), broad.along(numbers.drift)
+        of_variance = broad.along(numbers.of_variance)
+        plain_query = broad.plain(queries.ref)
+        asked = broad.plain(keys.ref) * of_tied + of_variance * plain_query * plain_query
+        leave_sum("drift", asked)
+        broad.put(weights.ref, 0.5 * fade * fade * of_tied)
+        mosaic.barrier_wait(place["covariance_there"])
+        meet()
+        of_key = added * of_tied + 2 * broad.times((weights, squares))
+        tied = fade * fade * broad.times((keys, squares)) + added * broad.plain(keys.ref)
+        unread = fade * fade * broad.times((queries, squares)) + added * broad.plain(queries.ref)
+        of_query = 2 * of_variance * unread
+        meet()
+        broad.put(upper.ref, tied)
+        broad.put(lower.ref, fade * fade * of_variance * broad.plain(queries.ref))
+        meet()
+        of_key = of_key + broad.times((reused, upper))
+        of_query = of_query + broad.times((reads, upper))
+        meet()
+        weakened = small.along(numbers.alpha)
+        small.put(reused.ref, -weakened * of_value)
+        small.put(reads.ref, weakened * small.load(of_mean.at[row, tokens]))
+        mosaic.barrier_wait(place["mean_there"])
+        meet()
+        of_key = of_key + broad.times((reused, states))
+        of_query = of_query + broad.times((reads, states))
+        leave("key", of_key, broad)
+        leave("query", of_query, broad)
+        leave_sum("moved", broad.plain(keys.ref) * of_key + broad.plain(queries.ref) * of_query)
+        of_mean_start = broad.times((reused.T, keys), (reads.T, queries))
+        of_mean_start = kept * of_mean_end + of_mean_start
+        scale = broad.plain(states.ref) * of_mean_start
+        leave_sum("scale", scale, c, pl.ds(width, WIDTH))
+        of_covariance_start = square.times((keys.T, weights), (weights.T, keys), (queries.T, lower))
+        of_covariance_start = kept * kept * of_covariance_end + of_covariance_start
+        scale = 2 * square.plain(covariances.at[row, c]) * of_covariance_start
+        leave_sum("scale", scale, c, pl.ds(0, width))
+        leave_sum("trace", square.diagonal(of_covariance_start), c)
+        meet()
+        return of_mean_start, of_covariance_start
+
+    start = broad.load(of_last_mean.at[row]), square.load(of_last_covariance.at[row])
+    first_mean, first_covariance = lax.fori_loop(0, chunks, chunk, start)
+    out["first_mean"].at[row, :, broad.columns][...] = first_mean
+    out["first_covariance"].at[row, :, square.columns][...] = first_covariance
