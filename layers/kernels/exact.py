@@ -177,8 +177,8 @@ def _backward(values: int, interpret: bool, residuals, of: Filtered):
     )
 
 
-def _reverse_rows(values: int, interpret: bool, key, query, whitened, of_mean, *rest: Array):
-    *numbers, means, covariances, of_last_mean, of_last_covariance = rest
+def _reverse_rows(values: int, interpret: bool, key, query, whitened, of_mean, *arrays: Array):
+    *numbers, means, covariances, of_last_mean, of_last_covariance = arrays
     depth = 1 if key.dtype == jnp.bfloat16 else reverse.PIECES
     keys, queries = split(key, depth), split(query, depth)
     by_chunk = reverse.Numbers(*numbers).by_chunk()

@@ -32,9 +32,9 @@ whitened, 8 for variances, 512 for the states that a backward pass starts from. 
 queries are read once, in one form: 640, 84; 256, 768, 8 and 1536.
 """
 
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from types import SimpleNamespace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,14 +44,18 @@ from jaxtyping import Array, Float
 
 from . import mosaic
 from .blocks import Rates
+from .covariance import (
+    CHUNK,
+    COVARIANCE_PIECES,
+    WIDTH,
+    across,
+    narrow_block,
+    pieces_of,
+    wide_block,
+)
 from .mosaic import BLOCK, COLUMNS, ROWS, along_columns, pairs, pieces
 
-WIDTH = 64
-"""Values of a program, and keys of a warpgroup that holds rows of P."""
-CHUNK = 64
-"""Tokens that are copied together, and between saved states."""
-
-COVARIANCE_PIECES, MEAN_PIECES, SAVED_PIECES = 3, 2, 2
+MEAN_PIECES, SAVED_PIECES = 2, 2
 QUERY_PIECES = 2
 """Of float32 queries that are 128 wide: what is said is then of queries 2⁻¹⁷ away."""
 
@@ -209,7 +213,7 @@ def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
     def _covariance():
         share = warpgroup if shares > 1 else 0
         own = tiles[0] if shares == 1 else pl.ds(share * WIDTH, WIDTH)
-        block = _narrow_block() if shares == 1 else partial(_wide_block, share)
+        block = narrow_block() if shares == 1 else partial(wide_block, share)
 
         def by_first(condition):
             return condition if shares == 1 else jnp.logical_and(share == 0, condition)
@@ -287,7 +291,7 @@ def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
                 def times(name):
                     terms = []
                     for parts, columns in zip(split, tiles, strict=True):
-                        operands = _operands(getattr(here, name), slot, tokens, columns)
+                        operands = pieces_of(getattr(here, name), slot, tokens, columns)
                         terms += pairs(parts, operands, 2)
                     return multiply(thin, terms)
 
@@ -304,10 +308,10 @@ def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
                 kept = here.alphas[slot, start + BLOCK - 1]
                 moved = []
                 for tile, columns in zip(mean, tiles, strict=True):
-                    right = _across(here.moved, MEAN_PIECES, columns)
+                    right = across(here.moved, MEAN_PIECES, columns)
                     moved.append(tile * kept + multiply(square, pairs(left, right, 2)))
                 own = [here.moved.at[piece] for piece in range(COVARIANCE_PIECES)]
-                queries = _operands(here.queries, slot)
+                queries = pieces_of(here.queries, slot)
                 seen = multiply((CHUNK, BLOCK), pairs(queries, own, 3))
                 seen = seen * load(here.ratios.at[slot])
                 own_squares = jnp.sum(seen * seen, axis=1)
@@ -330,7 +334,7 @@ def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
             start = mosaic.zeros((CHUNK,), ROWS)
             mean, squares = lax.fori_loop(0, CHUNK // BLOCK, block, (mean, start))
             read = [load(here.read.at[:, columns]) for columns in tiles]
-            entered = sum(jnp.sum(part, axis=1) for part in read)
+            entered = reduce(add, [jnp.sum(part, axis=1) for part in read])
             if shares == 1:
                 query = load(here.queries_plain.at[slot]).astype(jnp.float32)
                 alpha = load(here.alphas.at[slot], ROWS)
@@ -350,136 +354,3 @@ def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
         for columns, tile in zip(tiles, mean, strict=True):
             out["last_mean"].at[row, :, columns][...] = tile
         mosaic.wait_out(0)
-
-
-def _operands(ref, slot, tokens=None, columns: Any = slice(None)):
-    """Pieces of a chunk's keys or queries; or of a block's, upright."""
-    every = range(ref.shape[1])
-    if tokens is None:
-        return [ref.at[slot, piece] for piece in every]
-    return [ref.at[slot, piece, tokens, columns].transpose((1, 0)) for piece in every]
-
-
-def _across(ref, count, columns):
-    """The first pieces of what is written (key, token) as (token, key), of these keys."""
-    return [ref.at[piece, columns].transpose((1, 0)) for piece in range(count)]
-
-
-def _eliminate(here, share, slot, tokens):
-    mosaic.eliminate(
-        here.joint.at[share, tokens],
-        here.noises.at[slot, tokens],
-        here.decays.at[slot, tokens],
-        here.columns,
-        here.whitened,
-        here.deviations.at[share, tokens],
-        keys=here.keys.shape[-1],
-        interpret=here.interpret,
-    )
-
-
-def _narrow_block():
-    """A block of 64-wide keys, for the one warpgroup that holds P."""
-    thin, square = (WIDTH, BLOCK), (WIDTH, WIDTH)
-    diagonal = mosaic.index(square, 0) == mosaic.index(square, 1)
-    identity = jnp.where(diagonal, jnp.float32(1), jnp.float32(0))
-
-    def block(here, slot, start, covariances):
-        (covariance,) = covariances
-        multiply = partial(mosaic.product, interpret=here.interpret)
-        tokens = pl.ds(start, BLOCK)
-        split = pieces(covariance, COVARIANCE_PIECES)
-        alpha = mosaic.load(here.alphas.at[slot, tokens], COLUMNS)
-        drift = along_columns(mosaic.load(here.drifts.at[slot, tokens], COLUMNS), thin)
-        carried = multiply(thin, pairs(split, _operands(here.keys, slot, tokens), 3))
-        tied = carried * along_columns(alpha * alpha, thin)
-        tied = tied + mosaic.load_transposed(here.keys_plain.at[slot, tokens]) * drift
-        mosaic.store_transposed(here.columns.at[:, pl.ds(0, WIDTH)], tied)
-        for piece, part in enumerate(pieces(tied, COVARIANCE_PIECES)):
-            here.drawn.at[piece][...] = part
-        mosaic.commit_smem()
-        drawn_pieces = [here.drawn.at[piece] for piece in range(COVARIANCE_PIECES)]
-        between = multiply((CHUNK, BLOCK), pairs(_operands(here.keys, slot), drawn_pieces, 3))
-        here.joint.at[0][...] = between * mosaic.load(here.ratios.at[slot])
-        mosaic.barrier_wait(here.innovations_ready)
-        terms = pairs(split, _operands(here.queries, slot, tokens), 3)
-        eliminate = partial(_eliminate, here, 0, slot, tokens)
-        seen = mosaic.product_beside(thin, terms, eliminate, here.interpret)
-        seen = seen * mosaic.load_transposed(here.queries_plain.at[slot, tokens])
-        mosaic.store_transposed(here.read.at[tokens, pl.ds(0, WIDTH)], seen)
-        own = mosaic.load_transposed(here.whitened.at[:, pl.ds(0, WIDTH)])
-        for piece, part in enumerate(pieces(own, COVARIANCE_PIECES)):
-            here.moved.at[piece][...] = part
-        mosaic.commit_smem()
-        mosaic.barrier_arrive(here.elimination_ready)
-        end = mosaic.load(here.ends.at[slot, tokens], COLUMNS)
-        left = pieces(own * along_columns(end * end, thin), COVARIANCE_PIECES)
-        right = _across(here.moved, COVARIANCE_PIECES, pl.ds(0, WIDTH))
-        absorbed = multiply(square, pairs(left, right, 3))
-        kept = here.alphas[slot, start + BLOCK - 1]
-        added = here.drifts[slot, start + BLOCK - 1]
-        return (covariance * (kept * kept) + identity * added - absorbed,)
-
-    return block
-
-
-def _wide_block(share, here, slot, start, covariance):
-    """A block of wider keys, for each warpgroup that holds 64 rows of P.
-
-    Covariances are split a tile at a time and indices found anew in every block, for registers.
-    """
-    thin, square = (WIDTH, BLOCK), (WIDTH, WIDTH)
-    multiply = partial(mosaic.product, interpret=here.interpret)
-    tokens, own = pl.ds(start, BLOCK), pl.ds(share * WIDTH, WIDTH)
-    tiles = [pl.ds(j * WIDTH, WIDTH) for j in range(len(covariance))]
-
-    def upright(ref):
-        return sum(
-            mosaic.load_transposed(ref.at[slot, p, tokens, own]) for p in range(ref.shape[1])
-        )
-
-    carried = seen = mosaic.zeros(thin)
-    for tile, columns in zip(covariance, tiles, strict=True):
-        split = pieces(tile, COVARIANCE_PIECES)
-        keys = _operands(here.keys, slot, tokens, columns)
-        queries = _operands(here.queries, slot, tokens, columns)
-        carried = carried + multiply(thin, pairs(split, keys, 3))
-        seen = seen + multiply(thin, pairs(split, queries, 3))
-    alpha = mosaic.load(here.alphas.at[slot, tokens], COLUMNS)
-    fade = along_columns(alpha * alpha, thin)
-    drift = along_columns(mosaic.load(here.drifts.at[slot, tokens], COLUMNS), thin)
-    tied = carried * fade + upright(here.keys) * drift
-    mosaic.store_transposed(here.columns.at[:, own], tied)
-    for piece, part in enumerate(pieces(tied, COVARIANCE_PIECES)):
-        here.drawn.at[piece, own][...] = part
-    mosaic.commit_smem()
-    mosaic.barrier_arrive(here.drawn_ready)
-    query = upright(here.queries)
-    seen = (seen * fade + query * drift) * query
-    mosaic.barrier_wait(here.drawn_ready)
-    drawn = [here.drawn.at[piece] for piece in range(COVARIANCE_PIECES)]
-    between = multiply((CHUNK, BLOCK), pairs(_operands(here.keys, slot), drawn, 3))
-    here.joint.at[share][...] = between * mosaic.load(here.ratios.at[slot])
-    mosaic.barrier_wait(here.innovations_ready)
-    mosaic.store_transposed(here.read.at[tokens, own], seen)
-    _eliminate(here, share, slot, tokens)
-    whitened = mosaic.load_transposed(here.whitened.at[:, own])
-    for piece, part in enumerate(pieces(whitened, COVARIANCE_PIECES)):
-        here.moved.at[piece, own][...] = part
-    mosaic.commit_smem()
-    mosaic.barrier_arrive(here.elimination_ready)
-    end = mosaic.load(here.ends.at[slot, tokens], COLUMNS)
-    left = pieces(whitened * along_columns(end * end, thin), COVARIANCE_PIECES)
-    kept = here.alphas[slot, start + BLOCK - 1]
-    added = here.drifts[slot, start + BLOCK - 1]
-    # 0, which the compiler cannot know.
-    anew = jnp.where(kept < 0, 1, 0)
-    mosaic.barrier_wait(here.elimination_ready)
-    moved = []
-    for j, (tile, columns) in enumerate(zip(covariance, tiles, strict=True)):
-        right = _across(here.moved, COVARIANCE_PIECES, columns)
-        absorbed = multiply(square, pairs(left, right, 3))
-        row = mosaic.index(square, 0) + ((share - j) * WIDTH + anew)
-        drifted = jnp.where(row == mosaic.index(square, 1), added, jnp.float32(0))
-        moved.append(tile * (kept * kept) + drifted - absorbed)
-    return tuple(moved)

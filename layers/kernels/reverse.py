@@ -45,7 +45,8 @@ through the chunks of a head from the last to the first with M̄ and P̄ in regi
 lies whole in shared memory as two bfloat16 pieces, readable as its transpose too, and each
 multiplies it by its own 32 columns of another; sums are float32. `local` is as many programs as
 there are multiprocessors, `recur` one a head. Between them pass five such matrices a chunk, 1.3 kB
-a token.
+a token. Keys of 128 make those with a column a key 64 × 128, and P 128 × 128: `local` shares them
+likewise, and `kernels.wide` has the recursion.
 
 Source: the derivative of a Cholesky factor, Murray (2016), arXiv 1602.07527; values and gradients
 are compared with the filter token by token in tests/test_kernels.py.

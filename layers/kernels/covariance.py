@@ -1,0 +1,153 @@
+"""A block's part in the covariance (`kernels.forward`), for the warpgroups that hold P.
+
+`here` names what lies in shared memory. One warpgroup holds all of P for keys of 64
+(`narrow_block`), and two hold 64 rows each for keys of 128 (`wide_block`).
+"""
+
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from . import mosaic
+from .mosaic import BLOCK, COLUMNS, along_columns, pairs, pieces
+
+WIDTH = 64
+"""Values of a program, and keys of a warpgroup that holds rows of P."""
+CHUNK = 64
+"""Tokens that are copied together, and between saved states."""
+COVARIANCE_PIECES = 3
+
+
+def pieces_of(ref, slot, tokens=None, columns: Any = slice(None)):
+    """Pieces of a chunk's keys or queries; or of a block's, upright."""
+    every = range(ref.shape[1])
+    if tokens is None:
+        return [ref.at[slot, piece] for piece in every]
+    return [ref.at[slot, piece, tokens, columns].transpose((1, 0)) for piece in every]
+
+
+def across(ref, count, columns):
+    """The first pieces of what is written (key, token) as (token, key), of these keys."""
+    return [ref.at[piece, columns].transpose((1, 0)) for piece in range(count)]
+
+
+def _eliminate(here, share, slot, tokens):
+    mosaic.eliminate(
+        here.joint.at[share, tokens],
+        here.noises.at[slot, tokens],
+        here.decays.at[slot, tokens],
+        here.columns,
+        here.whitened,
+        here.deviations.at[share, tokens],
+        keys=here.keys.shape[-1],
+        interpret=here.interpret,
+    )
+
+
+def narrow_block():
+    """A block of 64-wide keys, for the one warpgroup that holds P."""
+    thin, square = (WIDTH, BLOCK), (WIDTH, WIDTH)
+    diagonal = mosaic.index(square, 0) == mosaic.index(square, 1)
+    identity = jnp.where(diagonal, jnp.float32(1), jnp.float32(0))
+
+    def block(here, slot, start, covariances):
+        (covariance,) = covariances
+        multiply = partial(mosaic.product, interpret=here.interpret)
+        tokens = pl.ds(start, BLOCK)
+        split = pieces(covariance, COVARIANCE_PIECES)
+        alpha = mosaic.load(here.alphas.at[slot, tokens], COLUMNS)
+        drift = along_columns(mosaic.load(here.drifts.at[slot, tokens], COLUMNS), thin)
+        carried = multiply(thin, pairs(split, pieces_of(here.keys, slot, tokens), 3))
+        tied = carried * along_columns(alpha * alpha, thin)
+        tied = tied + mosaic.load_transposed(here.keys_plain.at[slot, tokens]) * drift
+        mosaic.store_transposed(here.columns.at[:, pl.ds(0, WIDTH)], tied)
+        for piece, part in enumerate(pieces(tied, COVARIANCE_PIECES)):
+            here.drawn.at[piece][...] = part
+        mosaic.commit_smem()
+        drawn_pieces = [here.drawn.at[piece] for piece in range(COVARIANCE_PIECES)]
+        between = multiply((CHUNK, BLOCK), pairs(pieces_of(here.keys, slot), drawn_pieces, 3))
+        here.joint.at[0][...] = between * mosaic.load(here.ratios.at[slot])
+        mosaic.barrier_wait(here.innovations_ready)
+        terms = pairs(split, pieces_of(here.queries, slot, tokens), 3)
+        eliminate = partial(_eliminate, here, 0, slot, tokens)
+        seen = mosaic.product_beside(thin, terms, eliminate, here.interpret)
+        seen = seen * mosaic.load_transposed(here.queries_plain.at[slot, tokens])
+        mosaic.store_transposed(here.read.at[tokens, pl.ds(0, WIDTH)], seen)
+        own = mosaic.load_transposed(here.whitened.at[:, pl.ds(0, WIDTH)])
+        for piece, part in enumerate(pieces(own, COVARIANCE_PIECES)):
+            here.moved.at[piece][...] = part
+        mosaic.commit_smem()
+        mosaic.barrier_arrive(here.elimination_ready)
+        end = mosaic.load(here.ends.at[slot, tokens], COLUMNS)
+        left = pieces(own * along_columns(end * end, thin), COVARIANCE_PIECES)
+        right = across(here.moved, COVARIANCE_PIECES, pl.ds(0, WIDTH))
+        absorbed = multiply(square, pairs(left, right, 3))
+        kept = here.alphas[slot, start + BLOCK - 1]
+        added = here.drifts[slot, start + BLOCK - 1]
+        return (covariance * (kept * kept) + identity * added - absorbed,)
+
+    return block
+
+
+def wide_block(share, here, slot, start, covariance):
+    """A block of wider keys, for each warpgroup that holds 64 rows of P.
+
+    Covariances are split a tile at a time and indices found anew in every block, for registers.
+    """
+    thin, square = (WIDTH, BLOCK), (WIDTH, WIDTH)
+    multiply = partial(mosaic.product, interpret=here.interpret)
+    tokens, own = pl.ds(start, BLOCK), pl.ds(share * WIDTH, WIDTH)
+    tiles = [pl.ds(j * WIDTH, WIDTH) for j in range(len(covariance))]
+
+    def upright(ref):
+        return sum(
+            mosaic.load_transposed(ref.at[slot, p, tokens, own]) for p in range(ref.shape[1])
+        )
+
+    carried = seen = mosaic.zeros(thin)
+    for tile, columns in zip(covariance, tiles, strict=True):
+        split = pieces(tile, COVARIANCE_PIECES)
+        keys = pieces_of(here.keys, slot, tokens, columns)
+        queries = pieces_of(here.queries, slot, tokens, columns)
+        carried = carried + multiply(thin, pairs(split, keys, 3))
+        seen = seen + multiply(thin, pairs(split, queries, 3))
+    alpha = mosaic.load(here.alphas.at[slot, tokens], COLUMNS)
+    fade = along_columns(alpha * alpha, thin)
+    drift = along_columns(mosaic.load(here.drifts.at[slot, tokens], COLUMNS), thin)
+    tied = carried * fade + upright(here.keys) * drift
+    mosaic.store_transposed(here.columns.at[:, own], tied)
+    for piece, part in enumerate(pieces(tied, COVARIANCE_PIECES)):
+        here.drawn.at[piece, own][...] = part
+    mosaic.commit_smem()
+    mosaic.barrier_arrive(here.drawn_ready)
+    query = upright(here.queries)
+    seen = (seen * fade + query * drift) * query
+    mosaic.barrier_wait(here.drawn_ready)
+    drawn = [here.drawn.at[piece] for piece in range(COVARIANCE_PIECES)]
+    between = multiply((CHUNK, BLOCK), pairs(pieces_of(here.keys, slot), drawn, 3))
+    here.joint.at[share][...] = between * mosaic.load(here.ratios.at[slot])
+    mosaic.barrier_wait(here.innovations_ready)
+    mosaic.store_transposed(here.read.at[tokens, own], seen)
+    _eliminate(here, share, slot, tokens)
+    whitened = mosaic.load_transposed(here.whitened.at[:, own])
+    for piece, part in enumerate(pieces(whitened, COVARIANCE_PIECES)):
+        here.moved.at[piece, own][...] = part
+    mosaic.commit_smem()
+    mosaic.barrier_arrive(here.elimination_ready)
+    end = mosaic.load(here.ends.at[slot, tokens], COLUMNS)
+    left = pieces(whitened * along_columns(end * end, thin), COVARIANCE_PIECES)
+    kept = here.alphas[slot, start + BLOCK - 1]
+    added = here.drifts[slot, start + BLOCK - 1]
+    # 0, which the compiler cannot know.
+    anew = jnp.where(kept < 0, 1, 0)
+    mosaic.barrier_wait(here.elimination_ready)
+    moved = []
+    for j, (tile, columns) in enumerate(zip(covariance, tiles, strict=True)):
+        right = across(here.moved, COVARIANCE_PIECES, columns)
+        absorbed = multiply(square, pairs(left, right, 3))
+        row = mosaic.index(square, 0) + ((share - j) * WIDTH + anew)
+        drifted = jnp.where(row == mosaic.index(square, 1), added, jnp.float32(0))
+        moved.append(tile * (kept * kept) + drifted - absorbed)
+    return tuple(moved)
