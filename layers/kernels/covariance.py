@@ -4,7 +4,8 @@
 (`narrow_block`), and two hold 64 rows each for keys of 128 (`wide_block`).
 """
 
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ WIDTH = 64
 """Values of a program, and keys of a warpgroup that holds rows of P."""
 CHUNK = 64
 """Tokens that are copied together, and between saved states."""
+TILE = 64
+"""Columns of a state that are split together, where it takes 64 registers a thread."""
 COVARIANCE_PIECES = 3
 
 
@@ -26,6 +29,32 @@ def pieces_of(ref, slot, tokens=None, columns: Any = slice(None)):
     if tokens is None:
         return [ref.at[slot, piece] for piece in every]
     return [ref.at[slot, piece, tokens, columns].transpose((1, 0)) for piece in every]
+
+
+def tiles_of(width):
+    """Columns of the tiles in which states are held, and split."""
+    tile = WIDTH if width == WIDTH else TILE
+    return [pl.ds(first, tile) for first in range(0, width, tile)]
+
+
+def through(state, here, slot, tokens, count):
+    """A state's products with a block's keys and queries, split a tile at a time."""
+    multiply = partial(mosaic.product, (WIDTH, BLOCK), interpret=here.interpret)
+    products = []
+    for tile, columns in zip(state, tiles_of(here.keys.shape[-1]), strict=True):
+        split = pieces(tile, count)
+        operands = (pieces_of(ref, slot, tokens, columns) for ref in (here.keys, here.queries))
+        products.append([multiply(pairs(split, right, count)) for right in operands])
+    return [reduce(add, parts) for parts in zip(*products, strict=True)]
+
+
+def hidden_zero(here, slot, start):
+    """0, which the compiler cannot know.
+
+    What is indexed by it is found in each block: otherwise operands' descriptors are computed before
+    the loop over blocks, more of them than there are registers.
+    """
+    return jnp.where(here.alphas[slot, start + BLOCK - 1] < 0, 1, 0)
 
 
 def across(ref, count, columns):
@@ -64,9 +93,9 @@ def narrow_block():
         tied = tied + mosaic.load_transposed(here.keys_plain.at[slot, tokens]) * drift
         mosaic.store_transposed(here.columns.at[:, pl.ds(0, WIDTH)], tied)
         for piece, part in enumerate(pieces(tied, COVARIANCE_PIECES)):
-            here.drawn.at[piece][...] = part
+            here.drawn.at[0, piece][...] = part
         mosaic.commit_smem()
-        drawn_pieces = [here.drawn.at[piece] for piece in range(COVARIANCE_PIECES)]
+        drawn_pieces = [here.drawn.at[0, piece] for piece in range(COVARIANCE_PIECES)]
         between = multiply((CHUNK, BLOCK), pairs(pieces_of(here.keys, slot), drawn_pieces, 3))
         here.joint.at[0][...] = between * mosaic.load(here.ratios.at[slot])
         mosaic.barrier_wait(here.innovations_ready)
@@ -77,12 +106,12 @@ def narrow_block():
         mosaic.store_transposed(here.read.at[tokens, pl.ds(0, WIDTH)], seen)
         own = mosaic.load_transposed(here.whitened.at[:, pl.ds(0, WIDTH)])
         for piece, part in enumerate(pieces(own, COVARIANCE_PIECES)):
-            here.moved.at[piece][...] = part
+            here.moved.at[0, piece][...] = part
         mosaic.commit_smem()
         mosaic.barrier_arrive(here.elimination_ready)
         end = mosaic.load(here.ends.at[slot, tokens], COLUMNS)
         left = pieces(own * along_columns(end * end, thin), COVARIANCE_PIECES)
-        right = across(here.moved, COVARIANCE_PIECES, pl.ds(0, WIDTH))
+        right = across(here.moved.at[0], COVARIANCE_PIECES, pl.ds(0, WIDTH))
         absorbed = multiply(square, pairs(left, right, 3))
         kept = here.alphas[slot, start + BLOCK - 1]
         added = here.drifts[slot, start + BLOCK - 1]
@@ -96,58 +125,51 @@ def wide_block(share, here, slot, start, covariance):
 
     Covariances are split a tile at a time and indices found anew in every block, for registers.
     """
-    thin, square = (WIDTH, BLOCK), (WIDTH, WIDTH)
+    thin = WIDTH, BLOCK
     multiply = partial(mosaic.product, interpret=here.interpret)
     tokens, own = pl.ds(start, BLOCK), pl.ds(share * WIDTH, WIDTH)
-    tiles = [pl.ds(j * WIDTH, WIDTH) for j in range(len(covariance))]
+    tiles = tiles_of(here.keys.shape[-1])
+    only = hidden_zero(here, slot, start)
+    drawn, moved = here.drawn.at[only], here.moved.at[only]
 
     def upright(ref):
-        return sum(
-            mosaic.load_transposed(ref.at[slot, p, tokens, own]) for p in range(ref.shape[1])
-        )
+        parts = [ref.at[slot, piece, tokens, own] for piece in range(ref.shape[1])]
+        return reduce(add, map(mosaic.load_transposed, parts))
 
-    carried = seen = mosaic.zeros(thin)
-    for tile, columns in zip(covariance, tiles, strict=True):
-        split = pieces(tile, COVARIANCE_PIECES)
-        keys = pieces_of(here.keys, slot, tokens, columns)
-        queries = pieces_of(here.queries, slot, tokens, columns)
-        carried = carried + multiply(thin, pairs(split, keys, 3))
-        seen = seen + multiply(thin, pairs(split, queries, 3))
+    carried, seen = through(covariance, here, slot, tokens, COVARIANCE_PIECES)
     alpha = mosaic.load(here.alphas.at[slot, tokens], COLUMNS)
     fade = along_columns(alpha * alpha, thin)
     drift = along_columns(mosaic.load(here.drifts.at[slot, tokens], COLUMNS), thin)
     tied = carried * fade + upright(here.keys) * drift
     mosaic.store_transposed(here.columns.at[:, own], tied)
     for piece, part in enumerate(pieces(tied, COVARIANCE_PIECES)):
-        here.drawn.at[piece, own][...] = part
+        drawn.at[piece, own][...] = part
     mosaic.commit_smem()
     mosaic.barrier_arrive(here.drawn_ready)
     query = upright(here.queries)
     seen = (seen * fade + query * drift) * query
     mosaic.barrier_wait(here.drawn_ready)
-    drawn = [here.drawn.at[piece] for piece in range(COVARIANCE_PIECES)]
-    between = multiply((CHUNK, BLOCK), pairs(pieces_of(here.keys, slot), drawn, 3))
+    drawn_pieces = [drawn.at[piece] for piece in range(COVARIANCE_PIECES)]
+    between = multiply((CHUNK, BLOCK), pairs(pieces_of(here.keys, slot + only), drawn_pieces, 3))
     here.joint.at[share][...] = between * mosaic.load(here.ratios.at[slot])
     mosaic.barrier_wait(here.innovations_ready)
     mosaic.store_transposed(here.read.at[tokens, own], seen)
     _eliminate(here, share, slot, tokens)
     whitened = mosaic.load_transposed(here.whitened.at[:, own])
     for piece, part in enumerate(pieces(whitened, COVARIANCE_PIECES)):
-        here.moved.at[piece, own][...] = part
+        moved.at[piece, own][...] = part
     mosaic.commit_smem()
     mosaic.barrier_arrive(here.elimination_ready)
     end = mosaic.load(here.ends.at[slot, tokens], COLUMNS)
     left = pieces(whitened * along_columns(end * end, thin), COVARIANCE_PIECES)
-    kept = here.alphas[slot, start + BLOCK - 1]
+    kept = here.alphas[slot, start + BLOCK - 1] ** 2
     added = here.drifts[slot, start + BLOCK - 1]
-    # 0, which the compiler cannot know.
-    anew = jnp.where(kept < 0, 1, 0)
     mosaic.barrier_wait(here.elimination_ready)
-    moved = []
-    for j, (tile, columns) in enumerate(zip(covariance, tiles, strict=True)):
-        right = across(here.moved, COVARIANCE_PIECES, columns)
-        absorbed = multiply(square, pairs(left, right, 3))
-        row = mosaic.index(square, 0) + ((share - j) * WIDTH + anew)
-        drifted = jnp.where(row == mosaic.index(square, 1), added, jnp.float32(0))
-        moved.append(tile * (kept * kept) + drifted - absorbed)
-    return tuple(moved)
+    after = []
+    for tile, columns in zip(covariance, tiles, strict=True):
+        right = across(moved, COVARIANCE_PIECES, columns)
+        absorbed = multiply(tile.shape, pairs(left, right, 3))
+        row = mosaic.index(tile.shape, 0) + (share * WIDTH - columns.start + only)
+        drifted = jnp.where(row == mosaic.index(tile.shape, 1), added, jnp.float32(0))
+        after.append(tile * kept + drifted - absorbed)
+    return tuple(after)

@@ -49,8 +49,11 @@ from .covariance import (
     COVARIANCE_PIECES,
     WIDTH,
     across,
+    hidden_zero,
     narrow_block,
     pieces_of,
+    through,
+    tiles_of,
     wide_block,
 )
 from .mosaic import BLOCK, COLUMNS, ROWS, along_columns, pairs, pieces
@@ -115,7 +118,9 @@ def filter_blocks(
     plain = shared((slots, CHUNK, WIDTH), key.dtype)
     numbers = shared((slots, CHUNK), f32)
     columns = shared((BLOCK, width + WIDTH + 4), f32)
-    pieced = shared((COVARIANCE_PIECES, width, BLOCK), jnp.bfloat16, transforms=mosaic.THIN)
+
+    def pieced(count, rows):
+        return shared((1, count, rows, BLOCK), jnp.bfloat16, transforms=mosaic.THIN)
 
     def operands(array, depth):
         shape = slots, depth, CHUNK, width
@@ -140,9 +145,9 @@ def filter_blocks(
         "columns": columns,
         "whitened": columns,
         "joint": shared((shares, CHUNK, BLOCK), f32),
-        "drawn": pieced,
-        "moved": pieced,
-        "explained": shared((MEAN_PIECES, CHUNK, BLOCK), jnp.bfloat16, transforms=mosaic.THIN),
+        "drawn": pieced(COVARIANCE_PIECES, width),
+        "moved": pieced(COVARIANCE_PIECES, width),
+        "explained": pieced(MEAN_PIECES, CHUNK),
     }
     sources = *(array for array, _ in tokens.values()), *rates
     copies = sum(x.shape[1] if x.ndim == 4 else 1 for x in sources[: len(tokens)]) + len(rates)
@@ -187,10 +192,10 @@ def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
     row, warpgroup = lax.axis_index("row"), lax.axis_index("wg")
     width = here.keys.shape[-1]
     shares = width // WIDTH
-    thin, square = (WIDTH, BLOCK), (WIDTH, WIDTH)
+    thin = WIDTH, BLOCK
     multiply = partial(mosaic.product, interpret=interpret)
     load = mosaic.load
-    tiles = [pl.ds(first, WIDTH) for first in range(0, width, WIDTH)]
+    tiles = tiles_of(width)
 
     def fetch(chunk, slot):
         tokens = pl.ds(chunk * CHUNK, CHUNK)
@@ -212,7 +217,7 @@ def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
     @pl.when(warpgroup < shares)
     def _covariance():
         share = warpgroup if shares > 1 else 0
-        own = tiles[0] if shares == 1 else pl.ds(share * WIDTH, WIDTH)
+        own = pl.ds(share * WIDTH, WIDTH)
         block = narrow_block() if shares == 1 else partial(wide_block, share)
 
         def by_first(condition):
@@ -280,27 +285,30 @@ def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
             mosaic.barrier_wait(here.full.at[slot])
             mosaic.wait_out(0, wait_read_only=True)
             if save:
-                leave("means", c, tiles[0], mean)
+                leave("means", c, pl.ds(0, WIDTH), mean)
 
             def block(i, carry):
                 mean, squares = carry
                 start = i * BLOCK
                 tokens = pl.ds(start, BLOCK)
-                split = [pieces(tile, MEAN_PIECES) for tile in mean]
-
-                def times(name):
-                    terms = []
-                    for parts, columns in zip(split, tiles, strict=True):
-                        operands = pieces_of(getattr(here, name), slot, tokens, columns)
-                        terms += pairs(parts, operands, 2)
-                    return multiply(thin, terms)
-
+                only = 0 if shares == 1 else hidden_zero(here, slot, start)
+                written, explained = here.moved.at[only], here.explained.at[only]
                 alpha = along_columns(load(here.alphas.at[slot, tokens], COLUMNS), thin)
-                expected = times("keys")
+                if shares == 1:
+                    split = pieces(mean[0], MEAN_PIECES)
+                    keys, queries = (
+                        pairs(split, pieces_of(ref, slot, tokens), 2)
+                        for ref in (here.keys, here.queries)
+                    )
+                    expected = multiply(thin, keys)
+                else:
+                    expected, entered = through(mean, here, slot, tokens, MEAN_PIECES)
                 innovation = mosaic.load_transposed(here.values.at[slot, tokens]) - expected * alpha
                 mosaic.store_transposed(here.columns.at[:, values_of], innovation)
                 mosaic.barrier_arrive(here.innovations_ready)
-                entered = times("queries") * alpha
+                if shares == 1:
+                    entered = multiply(thin, queries)
+                entered = entered * alpha
                 mosaic.barrier_wait(here.elimination_ready)
                 surprise = mosaic.load_transposed(here.whitened.at[:, values_of])
                 end = along_columns(load(here.ends.at[slot, tokens], COLUMNS), thin)
@@ -308,25 +316,24 @@ def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
                 kept = here.alphas[slot, start + BLOCK - 1]
                 moved = []
                 for tile, columns in zip(mean, tiles, strict=True):
-                    right = across(here.moved, MEAN_PIECES, columns)
-                    moved.append(tile * kept + multiply(square, pairs(left, right, 2)))
-                own = [here.moved.at[piece] for piece in range(COVARIANCE_PIECES)]
-                queries = pieces_of(here.queries, slot)
+                    right = across(written, MEAN_PIECES, columns)
+                    moved.append(tile * kept + multiply(tile.shape, pairs(left, right, 2)))
+                own = [written.at[piece] for piece in range(COVARIANCE_PIECES)]
+                queries = pieces_of(here.queries, slot + only)
                 seen = multiply((CHUNK, BLOCK), pairs(queries, own, 3))
                 seen = seen * load(here.ratios.at[slot])
                 own_squares = jnp.sum(seen * seen, axis=1)
                 within = jnp.logical_and(token >= start, token < start + BLOCK)
                 squares = jnp.where(within, own_squares, squares)
                 for piece, part in enumerate(pieces(seen, MEAN_PIECES)):
-                    here.explained.at[piece][...] = part
+                    explained.at[piece][...] = part
                 for t in range(BLOCK):
-                    for columns in (pl.ds(first.start, 2 * WIDTH) for first in tiles):
+                    for first in range(0, width, WIDTH):
+                        columns = pl.ds(first, 2 * WIDTH)
                         line = mosaic.load_threads(here.whitened.at[t, columns])
                         out["whitened"].at[row, c * CHUNK + start + t, columns][...] = line
                 mosaic.commit_smem()
-                weights = [
-                    here.explained.at[p, tokens].transpose((1, 0)) for p in range(MEAN_PIECES)
-                ]
+                weights = [explained.at[p, tokens].transpose((1, 0)) for p in range(MEAN_PIECES)]
                 output = entered + multiply(thin, pairs(pieces(surprise, MEAN_PIECES), weights, 2))
                 mosaic.store_transposed(here.outputs.at[tokens], output)
                 return tuple(moved), squares
