@@ -51,8 +51,8 @@ def through(state, here, slot, tokens, count):
 def hidden_zero(here, slot, start):
     """0, which the compiler cannot know.
 
-    What is indexed by it is found in each block: otherwise operands' descriptors are computed before
-    the loop over blocks, more of them than there are registers.
+    What is indexed by it is found in each block: otherwise operands' descriptors are computed
+    before the loop over blocks, more of them than there are registers.
     """
     return jnp.where(here.alphas[slot, start + BLOCK - 1] < 0, 1, 0)
 

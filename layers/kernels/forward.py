@@ -294,20 +294,19 @@ def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
                 only = 0 if shares == 1 else hidden_zero(here, slot, start)
                 written, explained = here.moved.at[only], here.explained.at[only]
                 alpha = along_columns(load(here.alphas.at[slot, tokens], COLUMNS), thin)
-                if shares == 1:
-                    split = pieces(mean[0], MEAN_PIECES)
-                    keys, queries = (
-                        pairs(split, pieces_of(ref, slot, tokens), 2)
-                        for ref in (here.keys, here.queries)
-                    )
-                    expected = multiply(thin, keys)
-                else:
+                split = pieces(mean[0], MEAN_PIECES)
+                if shares > 1:
                     expected, entered = through(mean, here, slot, tokens, MEAN_PIECES)
+                else:  # innovations are waited for
+                    entered = None
+                    keys = pieces_of(here.keys, slot, tokens)
+                    expected = multiply(thin, pairs(split, keys, 2))
                 innovation = mosaic.load_transposed(here.values.at[slot, tokens]) - expected * alpha
                 mosaic.store_transposed(here.columns.at[:, values_of], innovation)
                 mosaic.barrier_arrive(here.innovations_ready)
-                if shares == 1:
-                    entered = multiply(thin, queries)
+                if entered is None:
+                    queries = pieces_of(here.queries, slot, tokens)
+                    entered = multiply(thin, pairs(split, queries, 2))
                 entered = entered * alpha
                 mosaic.barrier_wait(here.elimination_ready)
                 surprise = mosaic.load_transposed(here.whitened.at[:, values_of])

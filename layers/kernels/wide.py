@@ -1,8 +1,9 @@
 """The gradient's recursion across chunks (`kernels.reverse`) for keys of 128.
 
 **Layout.** Two warpgroups hold half of the columns of M̄ (64 × 128) and P̄ (128 × 128) each: 96
-registers a thread. What a chunk needs as operands would take 400 kB of shared memory in float32,
-two bfloat16 pieces each, so that five places are used more than once:
+registers a thread. Addresses are found anew in every phase: kept, they would be spilled, 1500 bytes
+a thread instead of 500. What a chunk needs as operands would take 400 kB of shared memory in
+float32, two bfloat16 pieces each, so that five places are used more than once:
 
 | place | kB | holds in turn |
 |---|---|---|
@@ -16,6 +17,7 @@ beside 64 kB for keys and queries, 32 in bfloat16. States are copied once their 
 """
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -99,12 +101,21 @@ def _recur(*refs, names, places, chunks, interpret):
     place = dict(zip(places, refs[13 + len(names) :], strict=True))
     row, share = lax.axis_index("row"), lax.axis_index("wg")
     width = key.shape[-1]
-    small = Share(share, WIDTH // SHARES, interpret)
     broad = Share(share, width // SHARES, interpret)
-    square = Share(share, width // SHARES, interpret, rows=width)
+
+    def find():
+        """Operands, whose addresses the compiler finds anew: kept, they would be spilled."""
+        only = opaque_zero(place["vectors"], 0)
+        found = {name: Pieces(place[name].at[only]) for name in places[:7]}
+        halves = [Pieces(found["squares"].ref.at[:, pl.ds(at, CHUNK)]) for at in (0, CHUNK)]
+        return SimpleNamespace(**found, upper=halves[0], lower=halves[1])
 
     def meet():
         mosaic.meet(place["met"], interpret)
+
+    def next_phase():
+        meet()
+        return find()
 
     def chunk(step, carry):
         of_mean_end, of_covariance_end = carry
@@ -140,78 +151,78 @@ def _recur(*refs, names, places, chunks, interpret):
                 mosaic.prefetch(ref.at[row, before], interpret)
             mosaic.prefetch(of_mean.at[row, pl.ds(before * CHUNK, CHUNK)], interpret)
 
-        of_value = small.load(of_value_in.at[row, c])
-        of_joint = small.load(of_joint_in.at[row, c])
-        broad.put(place["states"].at[0], of_mean_end)
-        square.put(place["squares"].at[0], of_covariance_end)
         mosaic.barrier_wait(place["handed"])
         numbers = numbers_of(place["vectors"].at[0])
         kept = numbers.alpha[CHUNK - 1]
-        only = opaque_zero(place["vectors"], 0)
-        keys, queries, weights, squares, states, reused, reads = (
-            Pieces(place[name].at[only]) for name in places[:7]
-        )
-        upper, lower = (Pieces(squares.ref.at[:, pl.ds(first, CHUNK)]) for first in (0, CHUNK))
-        meet()
-        guided = broad.times((reused, states))
-        spread = broad.times((weights, squares))
-        of_value = of_value + small.times((weights, states.T))
+        # Indices too: what is known of diagonals would be kept from before the loop.
+        anew = partial(Share, share + opaque_zero(place["vectors"], 0), interpret=interpret)
+        small, square = anew(WIDTH // SHARES), anew(width // SHARES, rows=width)
+        here = find()
+        broad.put(here.states.ref, of_mean_end)
+        square.put(here.squares.ref, of_covariance_end)
+        here = next_phase()
+        guided = broad.times((here.small, here.states))
+        spread = broad.times((here.weights, here.squares))
+        of_value = small.load(of_value_in.at[row, c]) + small.times((here.weights, here.states.T))
         leave("value", of_value, small)
         of_tied = broad.along(numbers.end) * (guided - 2 * spread)
-        meet()
+        here = next_phase()
 
         @pl.when(share == 0)
         def _():
             bring("states", means, "mean_there")
 
-        broad.put(upper.ref, guided - spread)
-        meet()
-        between = small.times((upper, weights.T), (weights, upper.T))
-        joint = of_joint - small.halved(between) * small.ratios(numbers)
+        broad.put(here.upper.ref, guided - spread)
+        here = next_phase()
+        between = small.times((here.upper, here.weights.T), (here.weights, here.upper.T))
+        joint = small.load(of_joint_in.at[row, c]) - small.halved(between) * small.ratios(numbers)
         leave_sum("noise", small.diagonal(joint))
-        small.put(reused.ref, joint)
-        meet()
+        small.put(here.small.ref, joint)
+        here = next_phase()
 
         @pl.when(share == 0)
         def _():
             bring("squares", covariances, "covariance_there")
 
         mosaic.barrier_wait(place["arrived"])
-        of_tied = of_tied + broad.times((reused.T, keys), (reads.T, queries))
+        of_tied = of_tied + broad.times((here.small.T, here.keys), (here.reads.T, here.queries))
         fade, added = broad.along(numbers.alpha), broad.along(numbers.drift)
         of_variance = broad.along(numbers.of_variance)
-        plain_query = broad.plain(queries.ref)
-        asked = broad.plain(keys.ref) * of_tied + of_variance * plain_query * plain_query
+        plain_query = broad.plain(here.queries.ref)
+        asked = broad.plain(here.keys.ref) * of_tied + of_variance * plain_query * plain_query
         leave_sum("drift", asked)
-        broad.put(weights.ref, 0.5 * fade * fade * of_tied)
+        broad.put(here.weights.ref, 0.5 * fade * fade * of_tied)
         mosaic.barrier_wait(place["covariance_there"])
-        meet()
-        of_key = added * of_tied + 2 * broad.times((weights, squares))
-        tied = fade * fade * broad.times((keys, squares)) + added * broad.plain(keys.ref)
-        unread = fade * fade * broad.times((queries, squares)) + added * broad.plain(queries.ref)
-        of_query = 2 * of_variance * unread
-        meet()
-        broad.put(upper.ref, tied)
-        broad.put(lower.ref, fade * fade * of_variance * broad.plain(queries.ref))
-        meet()
-        of_key = of_key + broad.times((reused, upper))
-        of_query = of_query + broad.times((reads, upper))
-        meet()
+        here = next_phase()
+        of_key = added * of_tied + 2 * broad.times((here.weights, here.squares))
+        tied = fade * fade * broad.times((here.keys, here.squares))
+        tied = tied + added * broad.plain(here.keys.ref)
+        unread = fade * fade * broad.times((here.queries, here.squares))
+        of_query = 2 * of_variance * (unread + added * broad.plain(here.queries.ref))
+        here = next_phase()
+        broad.put(here.upper.ref, tied)
+        broad.put(here.lower.ref, fade * fade * of_variance * broad.plain(here.queries.ref))
+        here = next_phase()
+        of_key = of_key + broad.times((here.small, here.upper))
+        of_query = of_query + broad.times((here.reads, here.upper))
+        here = next_phase()
         weakened = small.along(numbers.alpha)
-        small.put(reused.ref, -weakened * of_value)
-        small.put(reads.ref, weakened * small.load(of_mean.at[row, tokens]))
+        small.put(here.small.ref, -weakened * of_value)
+        small.put(here.reads.ref, weakened * small.load(of_mean.at[row, tokens]))
         mosaic.barrier_wait(place["mean_there"])
-        meet()
-        of_key = of_key + broad.times((reused, states))
-        of_query = of_query + broad.times((reads, states))
+        here = next_phase()
+        of_key = of_key + broad.times((here.small, here.states))
+        of_query = of_query + broad.times((here.reads, here.states))
         leave("key", of_key, broad)
         leave("query", of_query, broad)
-        leave_sum("moved", broad.plain(keys.ref) * of_key + broad.plain(queries.ref) * of_query)
-        of_mean_start = broad.times((reused.T, keys), (reads.T, queries))
+        moved = broad.plain(here.keys.ref) * of_key + broad.plain(here.queries.ref) * of_query
+        leave_sum("moved", moved)
+        of_mean_start = broad.times((here.small.T, here.keys), (here.reads.T, here.queries))
         of_mean_start = kept * of_mean_end + of_mean_start
-        scale = broad.plain(states.ref) * of_mean_start
+        scale = broad.plain(here.states.ref) * of_mean_start
         leave_sum("scale", scale, c, pl.ds(width, WIDTH))
-        of_covariance_start = square.times((keys.T, weights), (weights.T, keys), (queries.T, lower))
+        crossed = (here.keys.T, here.weights), (here.weights.T, here.keys)
+        of_covariance_start = square.times(*crossed, (here.queries.T, here.lower))
         of_covariance_start = kept * kept * of_covariance_end + of_covariance_start
         scale = 2 * square.plain(covariances.at[row, c]) * of_covariance_start
         leave_sum("scale", scale, c, pl.ds(0, width))
@@ -219,7 +230,7 @@ def _recur(*refs, names, places, chunks, interpret):
         meet()
         return of_mean_start, of_covariance_start
 
-    start = broad.load(of_last_mean.at[row]), square.load(of_last_covariance.at[row])
+    start = broad.load(of_last_mean.at[row]), broad.load(of_last_covariance.at[row])
     first_mean, first_covariance = lax.fori_loop(0, chunks, chunk, start)
     out["first_mean"].at[row, :, broad.columns][...] = first_mean
-    out["first_covariance"].at[row, :, square.columns][...] = first_covariance
+    out["first_covariance"].at[row, :, broad.columns][...] = first_covariance
