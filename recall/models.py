@@ -5,8 +5,9 @@ Tokens take Zoology's model: the mixer follows a gated short convolution, each i
 $$ x \leftarrow x + \mathrm{mix}(\mathrm{norm}(x)),\quad x \leftarrow x + \mathrm{norm}(x) $$
 
 (the second line is upstream's identity in place of a feed-forward layer), and the head is the
-embedding. Pairs of vectors take one mixer without convolution, whose output is compared with the
-vectors of all values.
+embedding. Embeddings and all projections, the mixer's too, begin as normal numbers of deviation
+0.02, as upstream's. Pairs of vectors take one mixer without convolution, whose output is compared
+with the vectors of all values.
 
 Source: Arora et al. (2023), arXiv 2312.04927; HazyResearch/zoology, `model.py`, `base_conv.py`.
 """
@@ -18,6 +19,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from layers.mixer import SequenceMixer
+from layers.sources import Projected
 
 from .tasks.associative import directions
 
@@ -50,10 +54,10 @@ class GatedConvolution(eqx.Module):
     projection: eqx.nn.Linear
 
     def __init__(self, d_model: int, *, rng: PRNGKeyArray) -> None:
-        rng_taps, rng_projection = jax.random.split(rng)
+        rng_taps, rng_offset, rng_projection = jax.random.split(rng, 3)
         bound = 3**-0.5
         self.taps = jax.random.uniform(rng_taps, (3, d_model), minval=-bound, maxval=bound)
-        self.offset = jnp.zeros(d_model)
+        self.offset = jax.random.uniform(rng_offset, (d_model,), minval=-bound, maxval=bound)
         linear = eqx.nn.Linear(d_model, d_model, key=rng_projection)
         weight = _DEVIATION * jax.random.normal(rng_projection, linear.weight.shape)
         self.projection = eqx.tree_at(
@@ -198,16 +202,41 @@ def token_model(
     rng: PRNGKeyArray,
 ) -> RecallModel:
     """Zoology's model of two blocks: a gated convolution, then the mixer."""
-    rng_table, rng_convolution, rng_mixer = jax.random.split(rng, 3)
+    rng_table, rng_convolution, rng_mixer, rng_small = jax.random.split(rng, 4)
     return RecallModel(
         TokenEmbedding(_DEVIATION * jax.random.normal(rng_table, (vocabulary, d_model))),
         (
             Block(GatedConvolution(d_model, rng=rng_convolution), d_model),
-            Block(make_mixer(d_model, rng_mixer), d_model),
+            Block(_with_small_projections(make_mixer(d_model, rng_mixer), rng_small), d_model),
         ),
         eqx.nn.LayerNorm(d_model),
         dropout,
     )
+
+
+def _with_small_projections(mixer: Mixer, rng: PRNGKeyArray) -> Mixer:
+    """A mixer whose every matrix that is multiplied with the sequence is drawn as upstream's."""
+
+    def matrices(mixer: Any) -> list[Any]:
+        layers = jax.tree.leaves(mixer, is_leaf=_projects)
+        found = [part for one in layers if _projects(one) for part in _matrices(one)]
+        return [*found, mixer.out] if isinstance(mixer, SequenceMixer) else found
+
+    now = matrices(mixer)
+    drawn = [
+        _DEVIATION * jax.random.normal(one_rng, matrix.shape)
+        for one_rng, matrix in zip(jax.random.split(rng, len(now)), now, strict=True)
+    ]
+    return eqx.tree_at(matrices, mixer, drawn)
+
+
+def _projects(node: Any) -> bool:
+    return isinstance(node, Projected | eqx.nn.Linear)
+
+
+def _matrices(node: Projected | eqx.nn.Linear) -> list[Any]:
+    down = node.down if isinstance(node, Projected) else None
+    return [node.weight] if down is None else [down, node.weight]
 
 
 def pair_model(

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from recall.cli import main
 from recall.courses import Course, Segment, held_out, questions
 from recall.evaluation import auroc, calibration_error, evaluate
 from recall.layers_by_name import mixer_maker
+from recall.models import token_model
 from recall.mqar import UNLABELLED
 from recall.plans import Plan, as_data, from_data, harder, small_plan, zoology_plan
 from recall.run import _that_see
@@ -68,6 +71,8 @@ def test_the_published_course_has_the_published_seeds_and_length():
     seeds = np.random.RandomState(123).randint(0, 2**31, size=5, dtype=np.int64)
     published = [843828734, 914636141, 1228959102, 1840268610, 974319580]
     assert seeds.tolist() == published
+    tested = [2967327842, 2367878886, 3088727057, 3090095699, 4256823402, 3964712059, 3350193721]
+    assert plan.course.test_seeds(7) == tested
     assert plan.course.length == 32 * (391 + 4 * 79)
 
 
@@ -91,6 +96,41 @@ def test_a_plan_is_made_again_from_its_data(name):
 
 
 # -- what is learned -----------------------------------------------------------------------------
+
+
+def test_projections_begin_small_as_upstreams_do():
+    model = token_model(64, 64, mixer_maker("kda", 2), rng=jax.random.key(0))
+    mixer = model.blocks[1].mixer
+    decay = mixer.sources["log_decay"].projection
+    matrices = mixer.out, mixer.gate.weight, mixer.sources["key"].weight, decay.down, decay.weight
+    for matrix in matrices:
+        assert np.std(matrix) == pytest.approx(0.02, rel=0.1)
+    assert np.max(np.abs(mixer.sources["key"].convolution.taps)) > 0.4  # these are left alone
+
+
+def test_a_decay_that_is_given_for_good_stays():
+    plan = tiny("retnet", steps=1)
+    runs = start(plan, mixer_maker("retnet", 2))
+    before = jax.tree.map(np.array, eqx.filter(runs.models, eqx.is_array))
+    after = train(plan, runs, 0, 1).models.blocks[0].mixer
+    mixer = before.blocks[0].mixer
+    given = mixer.sources["log_decay"].parameter
+    np.testing.assert_array_equal(after.sources["log_decay"].parameter, given)
+    assert np.abs(after.out - mixer.out).max() > 1e-4
+
+
+def test_a_batch_with_fewer_rows_than_the_others_is_trained_on_those_alone():
+    rows = Zoology(32, 16, 2)
+    whole = Course((Segment(rows, 3),), 3, epochs=1)
+    filled = replace(whole, batch=4)
+    plan = replace(tiny("linear_attention"), course=whole, dropout=0.0)
+    maker, found = mixer_maker("linear_attention", 2), []
+    for course in (whole, filled):
+        shown = replace(plan, course=course)
+        train(shown, start(shown, maker), 0, 1, lambda *told: found.append(told))
+    (_, *whole_told), (_, *filled_told) = found
+    np.testing.assert_allclose(filled_told[0], whole_told[0], rtol=1e-5)
+    assert filled_told[1:] == whole_told[1:]
 
 
 def test_a_memory_learns_to_recall():
