@@ -13,7 +13,7 @@ Source: Arora et al. (2023), arXiv 2312.04927; HazyResearch/zoology, `model.py`,
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -94,6 +94,20 @@ class SoftmaxAttention(eqx.Module):
         return self.attention(x, x, x, mask, process_heads=rotate), None
 
 
+@runtime_checkable
+class Embedding(Protocol):
+    """A module: vectors of what is shown, and scores of what comes out."""
+
+    @property
+    def codes(self) -> int:
+        """How many answers there are."""
+        ...
+
+    def __call__(self, inputs: Any) -> Float[Array, "time d_model"]: ...
+
+    def logits(self, hidden: Any) -> Float[Array, "query code"]: ...
+
+
 class TokenEmbedding(eqx.Module):
     """A learned vector for every token; the head is its transpose."""
 
@@ -160,13 +174,13 @@ class RecallModel(eqx.Module):
     """An embedding, blocks, a norm, and scores at the places that are asked for.
 
     Args:
-        embedding: of tokens, or of pairs.
+        embedding: of what is shown, and scores of what comes out.
         blocks: in order.
         norm: before the head.
         dropout: share of embedded numbers that training sets to 0.
     """
 
-    embedding: TokenEmbedding | PairEmbedding
+    embedding: Embedding
     blocks: tuple[Block, ...]
     norm: eqx.nn.LayerNorm
     dropout: float = eqx.field(static=True)

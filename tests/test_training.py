@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from design_models import ModelError
+from layers.mixer import SequenceMixer
 from recall.cli import main
 from recall.courses import Course, Segment, held_out, questions
+from recall.disturbances import disturbed
 from recall.evaluation import auroc, calibration_error, evaluate
 from recall.layers_by_name import mixer_maker
 from recall.models import token_model
@@ -76,6 +78,17 @@ def test_the_published_course_has_the_published_seeds_and_length():
     assert plan.course.length == 32 * (391 + 4 * 79)
 
 
+def test_the_published_model_has_no_output_gate_and_gated_deltanet_wide_values():
+    for layer, wide in (("deltanet", 1), ("gated_deltanet", 2), ("bayesian_layer", 1)):
+        plan = zoology_plan("mqar", layer)
+        mixer = mixer_maker(layer, 2, as_zoology=plan.as_zoology)(16, jax.random.key(0))
+        assert isinstance(mixer, SequenceMixer)
+        assert mixer.gate is None
+        assert mixer.memory.inputs["value"] == (8 * wide,)
+    assert plan.rates == pytest.approx([10**-3, 10**-2.5, 10**-2, 10**-1.5])
+    assert (plan.dropout, plan.weight_decay) == (0.1, 0.1)
+
+
 def test_rows_of_unequal_questions_are_filled_up_with_weight_zero():
     labels = np.full((2, 5), UNLABELLED)
     labels[0, [1, 3]], labels[1, 4] = [7, 8], 9
@@ -93,6 +106,11 @@ def test_a_plan_is_made_again_from_its_data(name):
     assert as_data(again) == as_data(plan)
     for rows in harder(TASKS[name].rows).values():
         assert len(held_out(rows, 2, 0).inputs) == 2
+
+
+def test_harder_rows_hold_twice_as_many_pairs_as_a_memory_has_keys():
+    for rows in (Zoology(512, 64, 8), AssociativeRecall()):
+        assert vars(harder(rows, width=32)["64 pairs, 2 x width"])["pairs"] == 64
 
 
 # -- what is learned -----------------------------------------------------------------------------
@@ -227,6 +245,27 @@ def test_overlap_is_seen_in_the_keys_of_a_trained_model():
     assert keys[0] @ keys[1] == pytest.approx(0.9, abs=0.1)
 
 
+def test_disturbed_tokens_are_keys_with_a_cosine_and_noisy_values():
+    plan = small_plan("mqar", "linear_attention", Zoology(32, 16, 4), batch=2, steps=1)
+    models = start(replace(plan, d_model=64), mixer_maker("linear_attention", 2)).models
+    seen = {
+        name: jax.tree.map(lambda leaf: leaf[0], eqx.filter(changed.embedding, eqx.is_array))
+        for name, changed in disturbed(models, 1, Zoology(32, 16, 4)).items()
+    }
+    tokens = jnp.arange(32)
+    before = seen["overlap 0.9 of keys"].embedding(tokens)
+    overlapping = seen["overlap 0.9 of keys"](tokens)
+    lengths = np.linalg.norm(overlapping, axis=1)
+    np.testing.assert_allclose(lengths, np.linalg.norm(before, axis=1), rtol=1e-5)
+    directions = np.asarray(overlapping / lengths[:, None])[1:16]
+    cosines = (directions @ directions.T)[np.triu_indices(15, 1)]
+    assert np.mean(cosines) == pytest.approx(0.9, abs=0.02)
+    noisy = np.asarray(seen["noise 0.5 on values"](tokens) - before)
+    np.testing.assert_array_equal(noisy[:16], 0)
+    shares = np.linalg.norm(noisy[16:], axis=1) / np.linalg.norm(before[16:], axis=1)
+    assert np.mean(shares) == pytest.approx(0.5, rel=0.1)
+
+
 # -- the commands --------------------------------------------------------------------------------
 
 TRAINED = [
@@ -252,7 +291,8 @@ def test_a_run_is_trained_recorded_plotted_and_evaluated(task, layer, wish, tmp_
     assert main(["eval", str(out), "--beyond", "--examples", "8", "--json", str(told)]) == 0
     scores = json.loads(told.read_text())["scores"]
     assert "as in training" in scores
-    assert len(scores) > 2
+    assert len(scores) > 4
+    assert any(name.startswith("noise 0.5") for name in scores)
     assert "accuracy" in capsys.readouterr().out
 
 
@@ -306,6 +346,8 @@ pairs = 2
 def test_a_sweep_trains_what_is_not_trained_yet(tmp_path, capsys):
     path, out, told = tmp_path / "sweep.toml", tmp_path / "runs", tmp_path / "told.json"
     path.write_text(SWEEP)
+    assert main(["sweep", str(path), "--out", str(out), "--minutes", "1e-9"]) == 0
+    assert "the same command goes on" in capsys.readouterr().out
     assert main(["sweep", str(path), "--out", str(out), "--json", str(told)]) == 0
     lines = json.loads(told.read_text())
     assert [line["layer"] for line in lines] == ["linear_attention", "deltanet"]
@@ -339,6 +381,7 @@ def test_the_rate_is_chosen_on_validation_rows():
         ('task = "mqar"\nlayers = ["gla"]\nrate = 1', "`rate` is unknown"),
         ('task = "mqar"\nlayers = ["gla"]\npreset = "big"', "`preset` is 'big'"),
         ('task = "mqar"\nlayers = ["gla"]\npreset = "zoology"\nsteps = 3', "leave out `steps`"),
+        ('task = "mqar"\nlayers = ["gla"]\nepochs = 3', "`epochs` is for the preset zoology"),
         ('task = "mqar"\nlayers = ["gla"]\n[rows]\ncopied = 3', "have no `copied`"),
     ],
 )
