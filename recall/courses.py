@@ -8,7 +8,6 @@ from jaxtyping import Float, Int
 
 from .mqar import UNLABELLED
 from .tasks.catalogue import Batch, Rows, draw
-from .tasks.mad import FuzzyRecall, InContextRecall
 from .tasks.zoology import Zoology
 
 _SEEDS = 2**31
@@ -99,6 +98,12 @@ class Course:
         number, place = self._place(step)
         return -(-self.segments[number].examples // self.batch) - place
 
+    def most_asked(self, length: int) -> int:
+        """Questions of the row that is asked most among Zoology's of a length; 0 for others."""
+        laws = [segment.rows for segment in self.segments]
+        asked = [rows.pairs for rows in laws if isinstance(rows, Zoology) and rows.length == length]
+        return max(asked, default=0)
+
     def test_seeds(self, count: int) -> list[int]:
         """Seeds of so many kinds of test rows, drawn as upstream draws them for its data."""
         return self._seeds(count)[1].tolist()
@@ -125,11 +130,9 @@ def _segment(segment: Segment, seed: int, filler: bool) -> Questions:
 
 
 def _shown(rows: Rows, examples: int, seed: int, filler_seed: int | None) -> Questions:
-    """Questions of training."""
-    if isinstance(rows, Zoology):
-        return questions(draw(rows, examples, seed, filler_seed=filler_seed))
-    recall = isinstance(rows, InContextRecall | FuzzyRecall)
-    return questions(draw(rows, examples, seed, training=recall))
+    """Questions about what rows decide: the next token at every position drowns it in chance."""
+    filler_seed = filler_seed if isinstance(rows, Zoology) else None
+    return questions(draw(rows, examples, seed, filler_seed=filler_seed))
 
 
 def held_out(rows: Rows, examples: int, seed: int, filler: bool = True) -> Questions:

@@ -16,7 +16,7 @@ from .tasks.zoology import Zoology
 PRESETS = ("small", "zoology")
 ZOOLOGY_SEED, ZOOLOGY_EPOCHS = 123, 32
 ZOOLOGY_RATES = (1e-3, 10**-2.5, 1e-2, 10**-1.5)
-SMALL_RATE, SMALL_VOCABULARY = 1e-2, 512
+SMALL_RATE, SMALL_STEPS = 1e-2, 600
 _KINDS = {
     kind.__name__: kind
     for kind in (Zoology, InContextRecall, FuzzyRecall, SelectiveCopy, AssociativeRecall)
@@ -63,10 +63,19 @@ class Plan:
 
 
 def small_rows(task: Task) -> Rows:
-    """The task's rows, of few enough tokens to be learned in minutes where they are Zoology's."""
-    if isinstance(task.rows, Zoology):
-        return replace(task.rows, vocabulary=SMALL_VOCABULARY)
-    return task.rows
+    """The task's rows, or shorter ones that are learned in minutes."""
+    match task.rows:
+        case Zoology():
+            return replace(task.rows, vocabulary=512, length=64, pairs=8)
+        case SelectiveCopy():
+            return replace(task.rows, length=64, copied=8)
+        case _:
+            return task.rows
+
+
+def small_batch(rows: Rows) -> int:
+    """How many rows a step shows: 64, or fewer that hold 4,096 positions together."""
+    return max(1, min(64, 4096 // rows.length))
 
 
 def small_plan(task: str, layer: str, rows: Rows, *, batch: int, steps: int) -> Plan:

@@ -11,7 +11,7 @@ A sweep is a TOML file, here with everything it may hold:
     heads = 2                     # default 2
     epochs = 32                   # zoology only; 32 as published
     steps = 600                   # small only
-    batch = 64                    # small only
+    batch = 64                    # small only; default: 64, fewer where rows are long
     [rows]                        # small only; the task's own
     pairs = 8
 """
@@ -27,7 +27,16 @@ import numpy as np
 
 from design_models import ModelError
 
-from .plans import PRESETS, ZOOLOGY_EPOCHS, Plan, small_plan, small_rows, zoology_plan
+from .plans import (
+    PRESETS,
+    SMALL_STEPS,
+    ZOOLOGY_EPOCHS,
+    Plan,
+    small_batch,
+    small_plan,
+    small_rows,
+    zoology_plan,
+)
 from .run import finish
 from .run_folder import RunFolder
 from .tasks.catalogue import TASKS
@@ -150,7 +159,7 @@ def _plan(data: Mapping[str, Any], layer: str, width: int) -> Plan:
         plan = zoology_plan(task.name, layer, data.get("epochs", ZOOLOGY_EPOCHS))
     else:
         rows = replace(small_rows(task), **data.get("rows", {}))
-        batch, steps = data.get("batch", 64), data.get("steps", 600)
+        batch, steps = data.get("batch", small_batch(rows)), data.get("steps", SMALL_STEPS)
         plan = small_plan(task.name, layer, rows, batch=batch, steps=steps)
     given = {name: tuple(data[name]) for name in ("rates", "seeds") if name in data}
     return replace(plan, d_model=width, heads=data.get("heads", 2), **given)

@@ -12,8 +12,6 @@ from typing import Any
 from .task_options import TASK_NAMES, add_row_options, chosen_rows
 from .terminal import ProgressBar, console
 
-_SMALL_BATCH, _SMALL_STEPS = 64, 600
-
 
 def add_train_options(command: argparse.ArgumentParser) -> None:
     """Options of `mbd train`."""
@@ -35,8 +33,10 @@ def add_train_options(command: argparse.ArgumentParser) -> None:
         "--rates", type=_above_zero, nargs="+", metavar="RATE", help="learning rates"
     )
     command.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="of parameters")
-    command.add_argument("--steps", type=_positive, help=f"small: steps (default {_SMALL_STEPS})")
-    command.add_argument("--batch", type=_positive, help=f"small: rows (default {_SMALL_BATCH})")
+    command.add_argument("--steps", type=_positive, help="small: steps (default 600)")
+    command.add_argument(
+        "--batch", type=_positive, help="small: rows (default 64, fewer where they are long)"
+    )
     _add_minutes(command)
     command.add_argument(
         "--devices", type=_positive, default=1, help="devices that share a batch (default 1)"
@@ -162,7 +162,7 @@ def _deadline(request: argparse.Namespace) -> float:
 def _plan(request: argparse.Namespace) -> Any:
     from design_models import ModelError
 
-    from .plans import small_plan, small_rows, zoology_plan
+    from .plans import SMALL_STEPS, small_batch, small_plan, small_rows, zoology_plan
     from .tasks.catalogue import TASKS
 
     if request.layer is None:
@@ -177,7 +177,7 @@ def _plan(request: argparse.Namespace) -> Any:
         plan = zoology_plan(task.name, request.layer)
     else:
         rows = chosen_rows(replace(task, rows=small_rows(task)), request)
-        steps, batch = request.steps or _SMALL_STEPS, request.batch or _SMALL_BATCH
+        steps, batch = request.steps or SMALL_STEPS, request.batch or small_batch(rows)
         plan = small_plan(task.name, request.layer, rows, batch=batch, steps=steps)
     changes = {name: getattr(request, name) for name in ("d_model", "heads", "rates", "seeds")}
     given = {

@@ -79,7 +79,8 @@ def train(
         batches = [course.questions(step) for step in steps]
         scales = np.zeros(room, np.float32)
         scales[: len(steps)] = [0.5 * (1 + np.cos(np.pi * course.progress(step))) for step in steps]
-        asked = _on_devices(_stacked(batches, room, course.batch), devices)
+        shape = room, course.batch, course.most_asked(batches[0].inputs.shape[1])
+        asked = _on_devices(_stacked(batches, *shape), devices)
         count, begin = jnp.int32(len(steps)), jnp.int32(steps[0])
         runs, told = stretch((rates, asked, jnp.asarray(scales), begin, count, rng), runs)
         if waiting is not None:
@@ -187,20 +188,22 @@ def _parameters(model: RecallModel) -> Any:
     return eqx.filter(jax.tree.map(learned, model, is_leaf=fixed), eqx.is_inexact_array)
 
 
-def _stacked(batches: list[Questions], steps: int, rows: int) -> Asked:
-    """Batches as one array each, filled up to so many steps and rows with weight 0."""
+def _stacked(batches: list[Questions], steps: int, rows: int, queries: int) -> Asked:
+    """Batches as one array each, filled up with weight 0: rows of one length, one program."""
 
-    def stack(parts: list[np.ndarray]) -> np.ndarray:
-        stacked = np.zeros((steps, rows, *parts[0].shape[1:]), parts[0].dtype)
+    def stack(parts: list[np.ndarray], width: int) -> np.ndarray:
+        stacked = np.zeros((steps, rows, width, *parts[0].shape[2:]), parts[0].dtype)
         for place, part in enumerate(parts):
-            stacked[place, : len(part)] = part
+            stacked[place, : len(part), : part.shape[1]] = part
         return stacked
 
+    length = batches[0].inputs.shape[1]
+    queries = max(queries, *(batch.places.shape[1] for batch in batches))
     return Asked(
-        stack([batch.inputs for batch in batches]),
-        stack([batch.places for batch in batches]),
-        stack([batch.answers for batch in batches]),
-        stack([batch.weights for batch in batches]),
+        stack([batch.inputs for batch in batches], length),
+        stack([batch.places for batch in batches], queries),
+        stack([batch.answers for batch in batches], queries),
+        stack([batch.weights for batch in batches], queries),
     )
 
 

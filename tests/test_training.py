@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_compiled import certify
 
 from design_models import ModelError
+from inference.derivation import draft
 from layers.mixer import SequenceMixer
 from recall.cli import main
 from recall.courses import Course, Segment, held_out, questions
@@ -22,6 +24,7 @@ from recall.evaluation import auroc, calibration_error, evaluate
 from recall.layers_by_name import mixer_maker
 from recall.models import token_model
 from recall.mqar import UNLABELLED
+from recall.new_model import write_new_model
 from recall.plans import Plan, as_data, from_data, harder, small_plan, zoology_plan
 from recall.run import _that_see
 from recall.run_folder import RunFolder
@@ -294,6 +297,20 @@ def test_a_run_is_trained_recorded_plotted_and_evaluated(task, layer, wish, tmp_
     assert len(scores) > 4
     assert any(name.startswith("noise 0.5") for name in scores)
     assert "accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_a_model_of_ones_own_is_trained_and_evaluated(tmp_path, monkeypatch, capsys):
+    path, out = tmp_path / "my_memory.py", tmp_path / "run"
+    write_new_model(path)
+    monkeypatch.setattr("inference.verify", lambda model, **named: certify(draft(model)))
+    small = ["--d-model", "8", "--steps", "2", "--batch", "4", "--codes", "8", "--pairs", "1"]
+    asked = ["associative_recall", "--layer", f"{path}:model", "--out", str(out), *small]
+    assert main(["train", *asked]) == 0
+    assert json.loads((out / "record.json").read_text())["config"]["layer"] == f"{path}:model"
+    assert main(["eval", str(out)]) == 0
+    assert "my_memory.py:model" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
