@@ -1,14 +1,13 @@
 """What a training run is shown, step by step, and what is asked of it."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from .mqar import UNLABELLED
 from .tasks.catalogue import Batch, Rows, draw
-from .tasks.mad import FuzzyRecall, InContextRecall
 from .tasks.zoology import Zoology
 
 _SEEDS = 2**31
@@ -37,6 +36,11 @@ class Questions:
     places: Int[np.ndarray, "row query"]
     answers: Int[np.ndarray, "row query"]
     weights: Float[np.ndarray, "row query"]
+
+    @property
+    def tokens(self) -> int:
+        """Positions of all rows."""
+        return self.inputs.shape[0] * self.inputs.shape[1]
 
 
 @dataclass(frozen=True)
@@ -78,29 +82,57 @@ class Course:
             rng = np.random.default_rng([self.seed, step])
             segment = self.segments[int(rng.integers(len(self.segments)))]
             seed, filler_seed = (int(number) for number in rng.integers(_SEEDS, size=2))
-            return questions(self._draw(segment.rows, self.batch, seed, filler_seed))
+            return _shown(segment.rows, self.batch, seed, filler_seed if self.filler else None)
+        number, place = self._place(step)
+        segment, seed = self.segments[number], int(self._seeds(0)[0][number])
+        drawn = _segment(segment, seed, self.filler)
+        rows = slice(place * self.batch, (place + 1) * self.batch)
+        return Questions(
+            drawn.inputs[rows], drawn.places[rows], drawn.answers[rows], drawn.weights[rows]
+        )
+
+    def alike(self, step: int) -> int:
+        """How many steps from this one on show rows of the same kind; 1 where drawn on the fly."""
+        if not self.epochs:
+            return 1
+        number, place = self._place(step)
+        return -(-self.segments[number].examples // self.batch) - place
+
+    def most_asked(self, length: int) -> int:
+        """Questions of the row that is asked most among Zoology's of a length; 0 for others."""
+        laws = [segment.rows for segment in self.segments]
+        asked = [rows.pairs for rows in laws if isinstance(rows, Zoology) and rows.length == length]
+        return max(asked, default=0)
+
+    def test_seeds(self, count: int) -> list[int]:
+        """Seeds of so many kinds of test rows, drawn as upstream draws them for its data."""
+        return self._seeds(count)[1].tolist()
+
+    def _place(self, step: int) -> tuple[int, int]:
+        """Which segment a step is in, and which of its batches it shows."""
         place = step % self._per_epoch
-        for drawn in self._drawn:
-            count = -(-len(drawn.inputs) // self.batch)
+        for number, segment in enumerate(self.segments):
+            count = -(-segment.examples // self.batch)
             if place < count:
-                rows = slice(place * self.batch, (place + 1) * self.batch)
-                return questions(Batch(drawn.inputs[rows], drawn.labels[rows]))
+                return number, place
             place -= count
         raise AssertionError("a place beyond the epoch")
 
-    @cached_property
-    def _drawn(self) -> list[Batch]:
+    def _seeds(self, tests: int) -> tuple[np.ndarray, np.ndarray]:
         rng = np.random.RandomState(self.seed)
-        seeds = rng.randint(0, 2**31, size=len(self.segments), dtype=np.int64)
-        return [
-            self._draw(segment.rows, segment.examples, int(seed), int(seed))
-            for segment, seed in zip(self.segments, seeds, strict=True)
-        ]
+        training = rng.randint(0, _SEEDS, size=len(self.segments), dtype=np.int64)
+        return training, rng.randint(_SEEDS, 2 * _SEEDS, size=tests, dtype=np.int64)
 
-    def _draw(self, rows: Rows, examples: int, seed: int, filler_seed: int) -> Batch:
-        if isinstance(rows, Zoology):
-            return draw(rows, examples, seed, filler_seed=filler_seed if self.filler else None)
-        return draw(rows, examples, seed, training=isinstance(rows, InContextRecall | FuzzyRecall))
+
+@lru_cache(maxsize=8)  # every epoch, and every plan with the same course, shows the same rows
+def _segment(segment: Segment, seed: int, filler: bool) -> Questions:
+    return _shown(segment.rows, segment.examples, seed, seed if filler else None)
+
+
+def _shown(rows: Rows, examples: int, seed: int, filler_seed: int | None) -> Questions:
+    """Questions about what rows decide: the next token at every position drowns it in chance."""
+    filler_seed = filler_seed if isinstance(rows, Zoology) else None
+    return questions(draw(rows, examples, seed, filler_seed=filler_seed))
 
 
 def held_out(rows: Rows, examples: int, seed: int, filler: bool = True) -> Questions:

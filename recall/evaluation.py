@@ -12,7 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 from scipy import stats
 
 from .courses import Questions
@@ -20,7 +20,8 @@ from .models import RecallModel
 
 SET_LEVEL = 0.9
 _BINS = 15
-_NUMBERS_AT_ONCE = 2**25
+_NUMBERS_AT_ONCE = 2**27
+"""Bounds the logits that are held at once."""
 
 
 @dataclass(frozen=True)
@@ -47,43 +48,38 @@ class Scores:
 
 def evaluate(models: RecallModel, asked: Questions) -> list[Scores]:
     """Score every model of a leading axis on the same questions."""
-
-    @eqx.filter_jit
-    def answers(models, inputs, places, right):
-        def one(model):
-            answer = jax.vmap(model)(inputs, places)
-            logs = jax.nn.log_softmax(answer.logits)
-            chances = jnp.exp(logs)
-            own = jnp.take_along_axis(chances, right[..., None], axis=-1)
-            above = jnp.sum(jnp.where(chances > own, chances, 0), axis=-1)
-            told = {
-                "guess": jnp.argmax(logs, axis=-1),
-                "confidence": jnp.max(chances, axis=-1),
-                "covered": above < SET_LEVEL,
-                "entropy": -jnp.sum(chances * logs, axis=-1),
-            }
-            if answer.variance is not None:
-                told["variance"] = answer.variance
-            return told
-
-        return eqx.filter_vmap(one)(models)
-
-    rows = _rows_at_once(models, asked)
-    parts = [
-        jax.tree.map(
-            np.asarray,
-            answers(
-                models,
-                asked.inputs[place : place + rows],
-                asked.places[place : place + rows],
-                asked.answers[place : place + rows],
-            ),
-        )
-        for place in range(0, len(asked.inputs), rows)
-    ]
-    told = {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
+    parts = asked.inputs, asked.places, asked.answers
+    told = {
+        name: np.asarray(array)
+        for name, array in _answers(models, *parts, _rows_at_once(models, asked)).items()
+    }
     count = len(told["guess"])
     return [_score({name: array[i] for name, array in told.items()}, asked) for i in range(count)]
+
+
+@eqx.filter_jit
+def _answers(models: RecallModel, inputs, places, answers, rows: int) -> dict[str, Array]:
+    """What every model says to every question, (model, row, query), so many rows at a time."""
+
+    def one(model, inputs, places, right):
+        answer = model(inputs, places)
+        logs = jax.nn.log_softmax(answer.logits)
+        chances = jnp.exp(logs)
+        own = jnp.take_along_axis(chances, right[..., None], axis=-1)
+        above = jnp.sum(jnp.where(chances > own, chances, 0), axis=-1)
+        told = {
+            "guess": jnp.argmax(logs, axis=-1),
+            "confidence": jnp.max(chances, axis=-1),
+            "covered": above < SET_LEVEL,
+            "entropy": -jnp.sum(chances * logs, axis=-1),
+        }
+        return told if answer.variance is None else told | {"variance": answer.variance}
+
+    def row(shown):
+        return eqx.filter_vmap(one, in_axes=(eqx.if_array(0), None, None, None))(models, *shown)
+
+    told = jax.lax.map(row, (inputs, places, answers), batch_size=rows)
+    return {name: jnp.moveaxis(array, 0, 1) for name, array in told.items()}
 
 
 def auroc(signal: Float[np.ndarray, " question"], wrong: np.ndarray) -> float:
@@ -127,4 +123,4 @@ def _score(told: dict[str, np.ndarray], asked: Questions) -> Scores:
 def _rows_at_once(models: RecallModel, asked: Questions) -> int:
     runs = len(jax.tree.leaves(eqx.filter(models, eqx.is_inexact_array))[0])
     numbers = runs * models.embedding.codes * asked.places.shape[1]
-    return max(1, _NUMBERS_AT_ONCE // numbers)
+    return min(len(asked.inputs), max(1, _NUMBERS_AT_ONCE // numbers))

@@ -2,11 +2,13 @@
 
 from functools import cache
 
+import equinox as eqx
 import jax
 from jaxtyping import PRNGKeyArray
 
 from design_models import CATALOGUE, ModelError
 from layers import compile_layer
+from layers.mixer import SequenceMixer
 from layers.published import published_mixer
 
 from .models import MakeMixer, Mixer, SoftmaxAttention
@@ -16,13 +18,14 @@ ATTENTION = "attention"
 
 
 @cache  # a model of the user's is verified once, though asked for before the run and in it
-def mixer_maker(layer: str, heads: int) -> MakeMixer:
+def mixer_maker(layer: str, heads: int, *, as_zoology: bool = False) -> MakeMixer:
     """Return (d_model, rng) -> mixer.
 
     Args:
         layer: a name of the catalogue, "attention", or FILE.py:OBJECT, a design model that is
             verified before it is compiled, at its own widths.
         heads: memories side by side.
+        as_zoology: without an output gate, and Gated DeltaNet with values twice as wide as keys.
 
     Raises:
         ModelError: there is no such layer, or the model is not verified.
@@ -35,7 +38,15 @@ def mixer_maker(layer: str, heads: int) -> MakeMixer:
                 f"`--layer` is {layer!r}; it must be one of {', '.join(CATALOGUE)}, {ATTENTION}, "
                 "or FILE.py:OBJECT."
             )
-        return lambda d_model, rng: published_mixer(layer, d_model, heads, rng=rng)
+
+        def make(d_model: int, rng: PRNGKeyArray) -> Mixer:
+            wide = 2 if as_zoology and layer == "gated_deltanet" else 1
+            mixer = published_mixer(
+                layer, d_model, heads, value_width=wide * (d_model // heads), rng=rng
+            )
+            return _ungated(mixer) if as_zoology else mixer
+
+        return make
     from inference import verify  # needs ArviZ, which training itself does not
 
     subject = load_subject(layer)
@@ -43,8 +54,13 @@ def mixer_maker(layer: str, heads: int) -> MakeMixer:
     if not certificate.holds:
         raise ModelError(f"{layer} is not verified; see: mbd verify {layer}.")
 
-    def make(d_model: int, rng: PRNGKeyArray) -> Mixer:
+    def compiled(d_model: int, rng: PRNGKeyArray) -> Mixer:
         with jax.enable_x64(False):
-            return compile_layer(certificate, d_model, heads=heads, rng=rng)
+            mixer = compile_layer(certificate, d_model, heads=heads, rng=rng)
+        return _ungated(mixer) if as_zoology else mixer
 
-    return make
+    return compiled
+
+
+def _ungated(mixer: SequenceMixer) -> SequenceMixer:
+    return eqx.tree_at(lambda one: one.gate, mixer, None, is_leaf=lambda node: node is None)

@@ -5,19 +5,23 @@ Tokens take Zoology's model: the mixer follows a gated short convolution, each i
 $$ x \leftarrow x + \mathrm{mix}(\mathrm{norm}(x)),\quad x \leftarrow x + \mathrm{norm}(x) $$
 
 (the second line is upstream's identity in place of a feed-forward layer), and the head is the
-embedding. Pairs of vectors take one mixer without convolution, whose output is compared with the
-vectors of all values.
+embedding. Embeddings and all projections, the mixer's too, begin as normal numbers of deviation
+0.02, as upstream's. Pairs of vectors take one mixer without convolution, whose output is compared
+with the vectors of all values.
 
 Source: Arora et al. (2023), arXiv 2312.04927; HazyResearch/zoology, `model.py`, `base_conv.py`.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from layers.mixer import SequenceMixer
+from layers.sources import Projected
 
 from .tasks.associative import directions
 
@@ -50,10 +54,10 @@ class GatedConvolution(eqx.Module):
     projection: eqx.nn.Linear
 
     def __init__(self, d_model: int, *, rng: PRNGKeyArray) -> None:
-        rng_taps, rng_projection = jax.random.split(rng)
+        rng_taps, rng_offset, rng_projection = jax.random.split(rng, 3)
         bound = 3**-0.5
         self.taps = jax.random.uniform(rng_taps, (3, d_model), minval=-bound, maxval=bound)
-        self.offset = jnp.zeros(d_model)
+        self.offset = jax.random.uniform(rng_offset, (d_model,), minval=-bound, maxval=bound)
         linear = eqx.nn.Linear(d_model, d_model, key=rng_projection)
         weight = _DEVIATION * jax.random.normal(rng_projection, linear.weight.shape)
         self.projection = eqx.tree_at(
@@ -88,6 +92,20 @@ class SoftmaxAttention(eqx.Module):
 
         mask = jnp.tril(jnp.ones((len(x), len(x)), bool))
         return self.attention(x, x, x, mask, process_heads=rotate), None
+
+
+@runtime_checkable
+class Embedding(Protocol):
+    """A module: vectors of what is shown, and scores of what comes out."""
+
+    @property
+    def codes(self) -> int:
+        """How many answers there are."""
+        ...
+
+    def __call__(self, inputs: Any) -> Float[Array, "time d_model"]: ...
+
+    def logits(self, hidden: Any) -> Float[Array, "query code"]: ...
 
 
 class TokenEmbedding(eqx.Module):
@@ -156,13 +174,13 @@ class RecallModel(eqx.Module):
     """An embedding, blocks, a norm, and scores at the places that are asked for.
 
     Args:
-        embedding: of tokens, or of pairs.
+        embedding: of what is shown, and scores of what comes out.
         blocks: in order.
         norm: before the head.
         dropout: share of embedded numbers that training sets to 0.
     """
 
-    embedding: TokenEmbedding | PairEmbedding
+    embedding: Embedding
     blocks: tuple[Block, ...]
     norm: eqx.nn.LayerNorm
     dropout: float = eqx.field(static=True)
@@ -198,16 +216,41 @@ def token_model(
     rng: PRNGKeyArray,
 ) -> RecallModel:
     """Zoology's model of two blocks: a gated convolution, then the mixer."""
-    rng_table, rng_convolution, rng_mixer = jax.random.split(rng, 3)
+    rng_table, rng_convolution, rng_mixer, rng_small = jax.random.split(rng, 4)
     return RecallModel(
         TokenEmbedding(_DEVIATION * jax.random.normal(rng_table, (vocabulary, d_model))),
         (
             Block(GatedConvolution(d_model, rng=rng_convolution), d_model),
-            Block(make_mixer(d_model, rng_mixer), d_model),
+            Block(_with_small_projections(make_mixer(d_model, rng_mixer), rng_small), d_model),
         ),
         eqx.nn.LayerNorm(d_model),
         dropout,
     )
+
+
+def _with_small_projections(mixer: Mixer, rng: PRNGKeyArray) -> Mixer:
+    """A mixer whose every matrix that is multiplied with the sequence is drawn as upstream's."""
+
+    def matrices(mixer: Any) -> list[Any]:
+        layers = jax.tree.leaves(mixer, is_leaf=_projects)
+        found = [part for one in layers if _projects(one) for part in _matrices(one)]
+        return [*found, mixer.out] if isinstance(mixer, SequenceMixer) else found
+
+    now = matrices(mixer)
+    drawn = [
+        _DEVIATION * jax.random.normal(one_rng, matrix.shape)
+        for one_rng, matrix in zip(jax.random.split(rng, len(now)), now, strict=True)
+    ]
+    return eqx.tree_at(matrices, mixer, drawn)
+
+
+def _projects(node: Any) -> bool:
+    return isinstance(node, Projected | eqx.nn.Linear)
+
+
+def _matrices(node: Projected | eqx.nn.Linear) -> list[Any]:
+    down = node.down if isinstance(node, Projected) else None
+    return [node.weight] if down is None else [down, node.weight]
 
 
 def pair_model(

@@ -1,5 +1,6 @@
 """A training run from its plan to its record: train, save on the way, test, plot."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -13,9 +14,10 @@ from layers.mixer import parameter_count
 
 from . import plots
 from .courses import held_out
+from .disturbances import disturbed
 from .evaluation import evaluate
 from .layers_by_name import mixer_maker
-from .models import PairEmbedding, RecallModel
+from .models import MakeMixer, PairEmbedding, RecallModel
 from .plans import Plan, as_data, harder
 from .records import record, write_json
 from .run_folder import RunFolder
@@ -41,7 +43,8 @@ def finish(
     report: Report = lambda *told: None,
     stage: Stage = lambda name: None,
     command: str = "",
-) -> dict[str, Any]:
+    deadline: float = math.inf,
+) -> dict[str, Any] | None:
     """Train a run to its end, from its last checkpoint on, and write its record and plots.
 
     Args:
@@ -50,9 +53,14 @@ def finish(
         report: called after each step.
         stage: called as testing begins.
         command: that makes the record again.
+        deadline: `time.perf_counter()` at which training stops with a checkpoint.
+
+    Returns:
+        The record; None where the deadline came first.
     """
     plan, began = folder.plan(), time.perf_counter()
-    runs, first, history = folder.load(start(plan, mixer_maker(plan.layer, plan.heads)))
+    runs, first, history = folder.load(start(plan, _maker(plan)))
+    history.setdefault("seconds", []).append([0.0])
     saved = time.perf_counter()
     spent = _Meter()
 
@@ -65,22 +73,29 @@ def finish(
 
     step = first
     while step < plan.course.length:
+        if time.perf_counter() > deadline:
+            return None
         ahead = min(plan.course.length, step + _SMOOTHED)
         runs = train(plan, runs, step, ahead, after, devices)
         step = ahead
-        if time.perf_counter() - saved > _SECONDS_BETWEEN_SAVES or step == plan.course.length:
+        now = time.perf_counter()
+        due = now - saved > _SECONDS_BETWEEN_SAVES or now > deadline
+        if due or step == plan.course.length:
+            history["seconds"][-1] = [now - began]
             folder.save(runs, step, history)
             saved = time.perf_counter()
+    speed = spent.speed
     stage("testing")
     metrics = {
         "runs": [{"rate": rate, "seed": seed} for rate, seed in plan.runs],
         "parameters": parameter_count(_first(runs.models)),
-        "validation": _scores(runs.models, plan, VALIDATION_SEED),
-        "test": _scores(runs.models, plan, TEST_SEED),
-        "tokens_per_second": spent.speed,
+        "validation": _scores(runs.models, plan, _seeds(VALIDATION_SEED, plan)),
+        "test": _scores(runs.models, plan, _test_seeds(plan)),
+        "tokens_per_second": speed,
         "final_loss": np.mean(history["loss"][-_SMOOTHED:], axis=0),
     }
-    seconds = time.perf_counter() - began
+    earlier = sum(piece for (piece,) in history["seconds"][:-1])
+    seconds = earlier + time.perf_counter() - began
     found = record(as_data(plan), metrics, command=command, seed=list(plan.seeds), seconds=seconds)
     write_json(folder.record_file, found)
     plots.learning_curve(folder.path / "learning_curve.png", plan, history)
@@ -91,20 +106,26 @@ def finish(
 def beyond(
     folder: RunFolder, examples: int, harder_too: bool, stage: Stage = lambda name: None
 ) -> dict[str, Any]:
-    """Scores of a trained run on rows as in training, and on rows past what it showed.
+    """Scores of a trained run on rows as in training, and past what it showed or disturbed.
 
     Returns:
         By name of the rows, every run's scores.
     """
     plan = folder.plan()
-    runs, step, _ = folder.load(start(plan, mixer_maker(plan.layer, plan.heads)))
+    runs, step, _ = folder.load(start(plan, _maker(plan)))
     hardest = plan.course.segments[-1].rows
-    laws = {"as in training": hardest, **(harder(hardest) if harder_too else {})}
+    width = runs.models.norm.shape[0] // plan.heads
+    cases = {"as in training": (runs.models, hardest)}
+    if harder_too:
+        for name, rows in harder(hardest, width).items():
+            cases[name] = _that_see(runs.models, rows), rows
+        for name, models in disturbed(runs.models, len(plan.runs), hardest).items():
+            cases[name] = models, hardest
     found = {}
-    for name, rows in laws.items():
+    for name, (models, rows) in cases.items():
         stage(name)
         asked = held_out(rows, examples, TEST_SEED, plan.course.filler)
-        found[name] = [asdict(score) for score in evaluate(_that_see(runs.models, rows), asked)]
+        found[name] = [asdict(score) for score in evaluate(models, asked)]
     return {"step": step, "scores": found}
 
 
@@ -116,10 +137,25 @@ def _that_see(models: RecallModel, rows: Rows) -> RecallModel:
     return models
 
 
-def _scores(models: RecallModel, plan: Plan, first_seed: int) -> dict[str, list[dict[str, float]]]:
+def _maker(plan: Plan) -> MakeMixer:
+    return mixer_maker(plan.layer, plan.heads, as_zoology=plan.as_zoology)
+
+
+def _test_seeds(plan: Plan) -> list[int]:
+    """The published ones for a published course."""
+    if plan.course.epochs:
+        return plan.course.test_seeds(len(plan.tests))
+    return _seeds(TEST_SEED, plan)
+
+
+def _seeds(first: int, plan: Plan) -> list[int]:
+    return [first + 2 * place for place in range(len(plan.tests))]
+
+
+def _scores(models: RecallModel, plan: Plan, seeds: list[int]) -> dict[str, list[dict[str, float]]]:
     found = {}
-    for index, (name, rows) in enumerate(plan.tests.items()):
-        asked = held_out(rows, plan.test_examples, first_seed + 2 * index, plan.course.filler)
+    for (name, rows), seed in zip(plan.tests.items(), seeds, strict=True):
+        asked = held_out(rows, plan.test_examples, seed, plan.course.filler)
         found[name] = [asdict(score) for score in evaluate(models, asked)]
     return found
 

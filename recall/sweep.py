@@ -9,12 +9,14 @@ A sweep is a TOML file, here with everything it may hold:
     seeds = [0, 1, 2]             # default [0]
     preset = "small"              # or "zoology"; default "small"
     heads = 2                     # default 2
+    epochs = 32                   # zoology only; 32 as published
     steps = 600                   # small only
-    batch = 64                    # small only
+    batch = 64                    # small only; default: 64, fewer where rows are long
     [rows]                        # small only; the task's own
     pairs = 8
 """
 
+import math
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -25,7 +27,16 @@ import numpy as np
 
 from design_models import ModelError
 
-from .plans import PRESETS, Plan, small_plan, zoology_plan
+from .plans import (
+    PRESETS,
+    SMALL_STEPS,
+    ZOOLOGY_EPOCHS,
+    Plan,
+    small_batch,
+    small_plan,
+    small_rows,
+    zoology_plan,
+)
 from .run import finish
 from .run_folder import RunFolder
 from .tasks.catalogue import TASKS
@@ -38,6 +49,7 @@ _KINDS: dict[str, type] = {
     "seeds": list,
     "preset": str,
     "heads": int,
+    "epochs": int,
     "steps": int,
     "batch": int,
     "rows": dict,
@@ -84,9 +96,18 @@ def read_sweep(path: Path) -> list[tuple[str, Plan]]:
 
 
 def run_sweep(
-    path: Path, out: Path, *, report: Callable[..., None], stage: Callable[[str], None]
-) -> list[Line]:
-    """Train what is not trained yet, and gather the table."""
+    path: Path,
+    out: Path,
+    *,
+    report: Callable[..., None],
+    stage: Callable[[str], None],
+    deadline: float = math.inf,
+) -> tuple[list[Line], str | None]:
+    """Train what is not trained yet, and gather the table.
+
+    Returns:
+        The lines of what is finished, and the run at which the deadline came, if it did.
+    """
     lines = []
     for name, plan in read_sweep(path):
         folder = RunFolder(out / name)
@@ -98,10 +119,16 @@ def run_sweep(
             )
         stage(name)
         found = folder.record() or finish(
-            folder, report=report, stage=stage, command=f"mbd sweep {path} --out {out}"
+            folder,
+            report=report,
+            stage=stage,
+            command=f"mbd sweep {path} --out {out}",
+            deadline=deadline,
         )
+        if found is None:
+            return lines, name
         lines.append(summary(plan, found["metrics"]))
-    return lines
+    return lines, None
 
 
 def summary(plan: Plan, metrics: Mapping[str, Any]) -> Line:
@@ -129,10 +156,10 @@ def summary(plan: Plan, metrics: Mapping[str, Any]) -> Line:
 def _plan(data: Mapping[str, Any], layer: str, width: int) -> Plan:
     task = TASKS[data["task"]]
     if data.get("preset", "small") == "zoology":
-        plan = zoology_plan(task.name, layer)
+        plan = zoology_plan(task.name, layer, data.get("epochs", ZOOLOGY_EPOCHS))
     else:
-        rows = replace(task.rows, **data.get("rows", {}))
-        batch, steps = data.get("batch", 64), data.get("steps", 600)
+        rows = replace(small_rows(task), **data.get("rows", {}))
+        batch, steps = data.get("batch", small_batch(rows)), data.get("steps", SMALL_STEPS)
         plan = small_plan(task.name, layer, rows, batch=batch, steps=steps)
     given = {name: tuple(data[name]) for name in ("rates", "seeds") if name in data}
     return replace(plan, d_model=width, heads=data.get("heads", 2), **given)
@@ -159,6 +186,10 @@ def _check(path: Path, data: Mapping[str, Any]) -> None:
     fixed = [name for name in ("steps", "batch", "rows") if name in data]
     if data.get("preset") == "zoology" and fixed:
         raise ModelError(f"{path}: the preset zoology fixes the course; leave out `{fixed[0]}`.")
+    if data.get("preset", "small") == "small" and "epochs" in data:
+        raise ModelError(
+            f"{path}: `epochs` is for the preset zoology; the preset small has `steps`."
+        )
     own = [field.name for field in fields(TASKS[data["task"]].rows)]
     foreign = [name for name in data.get("rows", {}) if name not in own]
     if foreign:

@@ -4,14 +4,13 @@ import argparse
 import math
 import shlex
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .task_options import TASK_NAMES, add_row_options, chosen_rows
 from .terminal import ProgressBar, console
-
-_SMALL_BATCH, _SMALL_STEPS = 64, 600
 
 
 def add_train_options(command: argparse.ArgumentParser) -> None:
@@ -30,10 +29,15 @@ def add_train_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--d-model", type=_positive, help="width (default 64)")
     command.add_argument("--heads", type=_positive, help="memories side by side (default 2)")
-    command.add_argument("--rates", type=_rate, nargs="+", metavar="RATE", help="learning rates")
+    command.add_argument(
+        "--rates", type=_above_zero, nargs="+", metavar="RATE", help="learning rates"
+    )
     command.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="of parameters")
-    command.add_argument("--steps", type=_positive, help=f"small: steps (default {_SMALL_STEPS})")
-    command.add_argument("--batch", type=_positive, help=f"small: rows (default {_SMALL_BATCH})")
+    command.add_argument("--steps", type=_positive, help="small: steps (default 600)")
+    command.add_argument(
+        "--batch", type=_positive, help="small: rows (default 64, fewer where they are long)"
+    )
+    _add_minutes(command)
     command.add_argument(
         "--devices", type=_positive, default=1, help="devices that share a batch (default 1)"
     )
@@ -55,6 +59,7 @@ def add_sweep_options(command: argparse.ArgumentParser) -> None:
         "file", type=Path, metavar="FILE.toml", help="layers, widths, rates, seeds"
     )
     command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of all runs")
+    _add_minutes(command)
 
 
 def run_train(request: argparse.Namespace) -> tuple[int, Any]:
@@ -89,7 +94,11 @@ def run_train(request: argparse.Namespace) -> tuple[int, Any]:
             report=bar.report,
             stage=bar.stage,
             command=shlex.join(["mbd", *sys.argv[1:]]),
+            deadline=_deadline(request),
         )
+    if found is None:
+        print(f"stopped with a checkpoint after {request.minutes:g} minutes; --resume goes on")
+        return 0, {"finished": False}
     console().print(training_table(folder.plan(), found["metrics"]))
     print(f"record and plots: {folder.path}")
     return 0, found
@@ -120,32 +129,55 @@ def run_sweep(request: argparse.Namespace) -> tuple[int, Any]:
     from .training_reports import sweep_table
 
     with jax.enable_x64(False), ProgressBar() as bar:
-        lines = sweep.run_sweep(request.file, request.out, report=bar.report, stage=bar.stage)
-    console().print(sweep_table(lines))
+        lines, stopped = sweep.run_sweep(
+            request.file,
+            request.out,
+            report=bar.report,
+            stage=bar.stage,
+            deadline=_deadline(request),
+        )
+    if lines:
+        console().print(sweep_table(lines))
+    if stopped is not None:
+        print(
+            f"stopped with a checkpoint of {stopped} after {request.minutes:g} minutes; the same "
+            "command goes on"
+        )
     return 0, [asdict(line) for line in lines]
+
+
+def _add_minutes(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--minutes",
+        type=_above_zero,
+        metavar="N",
+        help="stop training after so long, with a checkpoint to go on from; testing is not cut",
+    )
+
+
+def _deadline(request: argparse.Namespace) -> float:
+    return math.inf if request.minutes is None else time.perf_counter() + 60 * request.minutes
 
 
 def _plan(request: argparse.Namespace) -> Any:
     from design_models import ModelError
 
-    from .plans import small_plan, zoology_plan
+    from .plans import SMALL_STEPS, small_batch, small_plan, small_rows, zoology_plan
     from .tasks.catalogue import TASKS
-    from .tasks.zoology import Zoology
 
     if request.layer is None:
         raise ModelError("`--layer` is missing; name a layer, as in --layer bayesian_layer.")
     task = TASKS[request.task]
-    rows = chosen_rows(task, request)
     if request.preset == "zoology":
+        rows = chosen_rows(task, request)
         given = [name for name in ("steps", "batch") if getattr(request, name) is not None]
         if given or rows != task.rows:
             what = f"`--{given[0]}`" if given else "rows of your own"
             raise ModelError(f"`--preset zoology` fixes the course; leave out {what}.")
         plan = zoology_plan(task.name, request.layer)
     else:
-        if isinstance(rows, Zoology) and request.row_vocabulary is None:
-            rows = replace(rows, vocabulary=512)
-        steps, batch = request.steps or _SMALL_STEPS, request.batch or _SMALL_BATCH
+        rows = chosen_rows(replace(task, rows=small_rows(task)), request)
+        steps, batch = request.steps or SMALL_STEPS, request.batch or small_batch(rows)
         plan = small_plan(task.name, request.layer, rows, batch=batch, steps=steps)
     changes = {name: getattr(request, name) for name in ("d_model", "heads", "rates", "seeds")}
     given = {
@@ -165,11 +197,11 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _rate(text: str) -> float:
+def _above_zero(text: str) -> float:
     try:
-        rate = float(text)
+        number = float(text)
     except ValueError:
-        rate = math.nan
-    if not 0 < rate < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a rate; give a number above 0")
-    return rate
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number

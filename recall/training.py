@@ -1,6 +1,7 @@
 """Training: several runs of one plan side by side, resumable to the last bit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any
 
 import equinox as eqx
@@ -11,13 +12,18 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .courses import Questions
+from layers.sources import PerHead
+
+from .courses import Course, Questions
 from .models import MakeMixer, RecallModel, pair_model, token_model
 from .plans import Plan
 from .tasks.associative import AssociativeRecall
 
 Report = Callable[[int, np.ndarray, np.ndarray, int], None]
 """(step, loss of every run, accuracy of every run, tokens that each run was shown)."""
+
+_STRETCH = 50
+"""Steps of one dispatch, where rows of one kind follow each other."""
 
 
 class Runs(eqx.Module):
@@ -38,7 +44,9 @@ def start(plan: Plan, make_mixer: MakeMixer) -> Runs:
 
     rngs = jnp.stack([jax.random.key(seed) for _, seed in plan.runs])
     models = eqx.filter_vmap(one)(rngs)
-    optimiser = eqx.filter_vmap(lambda model: _adam(plan).init(_parameters(model)))(models)
+    optimiser = eqx.filter_vmap(lambda model: _adam(plan.weight_decay).init(_parameters(model)))(
+        models
+    )
     # Without weak types, so that the second step is the compiled first one.
     arrays, rest = eqx.partition(Runs(models, optimiser), eqx.is_array)
     strong = jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), arrays)
@@ -60,81 +68,149 @@ def train(
         runs: as `start` or an earlier call returned them.
         first: step to begin with.
         last: step to end before.
-        report: called after each step.
+        report: called for each step, while the device is at later ones.
         devices: how many devices share the rows of a batch.
     """
+    course, stretch = plan.course, _stretch_of(plan.weight_decay)
     rates = jnp.asarray([rate for rate, _ in plan.runs], jnp.float32)
-    place = _sharing(devices)
-    step = _step_of(plan)
-    for index in range(first, last):
-        asked = place(plan.course.questions(index))
-        scale = 0.5 * (1 + np.cos(np.pi * plan.course.progress(index)))
-        rng = jax.random.fold_in(jax.random.key(plan.course.seed), index)
-        runs, loss, accuracy = step(runs, rates, jnp.float32(scale), asked, rng)
-        tokens = asked.inputs.shape[0] * asked.inputs.shape[1]
-        report(index, np.asarray(loss), np.asarray(accuracy), tokens)
+    rng, room = jax.random.key(course.seed), _STRETCH if course.epochs else 1
+    waiting: Callable[[], None] | None = None
+    for steps in _stretches(course, first, last, room):
+        batches = [course.questions(step) for step in steps]
+        scales = np.zeros(room, np.float32)
+        scales[: len(steps)] = [0.5 * (1 + np.cos(np.pi * course.progress(step))) for step in steps]
+        shape = room, course.batch, course.most_asked(batches[0].inputs.shape[1])
+        asked = _on_devices(_stacked(batches, *shape), devices)
+        count, begin = jnp.int32(len(steps)), jnp.int32(steps[0])
+        runs, told = stretch((rates, asked, jnp.asarray(scales), begin, count, rng), runs)
+        if waiting is not None:
+            waiting()
+        waiting = partial(_tell, report, steps, told, [batch.tokens for batch in batches])
+    if waiting is not None:
+        waiting()
     return runs
+
+
+def _stretches(course: Course, first: int, last: int, room: int) -> Iterator[range]:
+    """Steps that follow each other and show rows of one kind, at most `room` at a time."""
+    while first < last:
+        end = min(last, first + min(room, course.alike(first)))
+        yield range(first, end)
+        first = end
+
+
+def _tell(report: Report, steps: range, told: Array, tokens: list[int]) -> None:
+    losses, accuracies = np.asarray(told)
+    for place, step in enumerate(steps):
+        report(step, losses[place], accuracies[place], tokens[place])
 
 
 def loss_and_accuracy(
     model: RecallModel, asked: "Asked", rng: PRNGKeyArray | None
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Mean cross entropy of all questions, and accuracy averaged row by row."""
+    """Mean cross entropy of all questions, and accuracy averaged over the rows that have some."""
     rngs = None if rng is None else jax.random.split(rng, len(asked.inputs))
     answer = jax.vmap(lambda inputs, places, rng: model(inputs, places, rng=rng))(
         asked.inputs, asked.places, rngs
     )
     losses = optax.softmax_cross_entropy_with_integer_labels(answer.logits, asked.answers)
     right = jnp.argmax(answer.logits, axis=-1) == asked.answers
-    counts = jnp.maximum(jnp.sum(asked.weights, axis=1), 1)
-    accuracy = jnp.mean(jnp.sum(right * asked.weights, axis=1) / counts)
+    counts = jnp.sum(asked.weights, axis=1)
+    shares = jnp.sum(right * asked.weights, axis=1) / jnp.maximum(counts, 1)
+    accuracy = jnp.sum(shares) / jnp.sum(counts > 0)
     return jnp.sum(losses * asked.weights) / jnp.sum(asked.weights), accuracy
 
 
 class Asked(eqx.Module):
-    """`Questions` on a device."""
+    """`Questions` as a model takes them, of one step or with a leading axis over several."""
 
-    inputs: Array
-    places: Array
-    answers: Array
-    weights: Array
+    inputs: Array | np.ndarray
+    places: Array | np.ndarray
+    answers: Array | np.ndarray
+    weights: Array | np.ndarray
 
 
-def _step_of(plan: Plan) -> Callable[..., tuple[Runs, Array, Array]]:
-    transform = _adam(plan)
+@cache
+def _stretch_of(weight_decay: float) -> Callable[..., tuple[Runs, Array]]:
+    """One program for any number of steps, so that it does not matter where a run is resumed.
 
-    @eqx.filter_jit(donate="all-except-first")
-    def step(rates, runs, scale, asked, rng):
+    Returns:
+        Maps ((rates, batches, scales of the rates, first step, count of steps, rng), runs) to the
+        runs after them and (loss or accuracy, step, run).
+    """
+    transform = _adam(weight_decay)
+
+    def step(runs, rates, asked, scale, rng):
         def one(model, state, rate):
             value = eqx.filter_value_and_grad(loss_and_accuracy, has_aux=True)
             (loss, accuracy), slopes = value(model, asked, rng)
-            updates, state = transform.update(slopes, state, _parameters(model))
+            updates, state = transform.update(_parameters(slopes), state, _parameters(model))
             updates = jax.tree.map(lambda update: -rate * scale * update, updates)
-            return Runs(eqx.apply_updates(model, updates), state), loss, accuracy
+            return Runs(eqx.apply_updates(model, updates), state), jnp.stack([loss, accuracy])
 
-        return eqx.filter_vmap(one)(runs.models, runs.optimiser, rates)
+        return eqx.filter_vmap(one, out_axes=(eqx.if_array(0), 1))(
+            runs.models, runs.optimiser, rates
+        )
 
-    return lambda runs, rates, scale, asked, rng: step(rates, runs, scale, asked, rng)
+    @eqx.filter_jit(donate="all-except-first")
+    def stretch(shown, runs):
+        rates, asked, scales, first, count, rng = shown
+        arrays, rest = eqx.partition(runs, eqx.is_array)
+
+        def body(place, carry):
+            arrays, told = carry
+            now = jax.tree.map(lambda part: part[place], asked)
+            rng_now = jax.random.fold_in(rng, first + place)
+            after, found = step(eqx.combine(arrays, rest), rates, now, scales[place], rng_now)
+            return eqx.filter(after, eqx.is_array), told.at[:, place].set(found)
+
+        told = jnp.zeros((2, len(scales), len(rates)))
+        arrays, told = jax.lax.fori_loop(0, count, body, (arrays, told))
+        return eqx.combine(arrays, rest), told
+
+    return stretch
 
 
-def _adam(plan: Plan) -> optax.GradientTransformation:
+def _adam(weight_decay: float) -> optax.GradientTransformation:
     """AdamW at rate 1; the decay is on all parameters, as upstream's."""
-    return optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(plan.weight_decay))
+    return optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(weight_decay))
 
 
 def _parameters(model: RecallModel) -> Any:
-    return eqx.filter(model, eqx.is_inexact_array)
+    """What training changes: numbers that a head is given for good are not among them."""
+
+    def fixed(node: Any) -> bool:
+        return isinstance(node, PerHead) and not node.learned
+
+    def learned(node: Any) -> Any:
+        return eqx.tree_at(lambda one: one.parameter, node, None) if fixed(node) else node
+
+    return eqx.filter(jax.tree.map(learned, model, is_leaf=fixed), eqx.is_inexact_array)
 
 
-def _sharing(devices: int) -> Callable[[Questions], Asked]:
-    """Put a batch on the devices, rows shared among them."""
+def _stacked(batches: list[Questions], steps: int, rows: int, queries: int) -> Asked:
+    """Batches as one array each, filled up with weight 0: rows of one length, one program."""
+
+    def stack(parts: list[np.ndarray], width: int) -> np.ndarray:
+        stacked = np.zeros((steps, rows, width, *parts[0].shape[2:]), parts[0].dtype)
+        for place, part in enumerate(parts):
+            stacked[place, : len(part), : part.shape[1]] = part
+        return stacked
+
+    length = batches[0].inputs.shape[1]
+    queries = max(queries, *(batch.places.shape[1] for batch in batches))
+    return Asked(
+        stack([batch.inputs for batch in batches], length),
+        stack([batch.places for batch in batches], queries),
+        stack([batch.answers for batch in batches], queries),
+        stack([batch.weights for batch in batches], queries),
+    )
+
+
+def _on_devices(asked: Asked, devices: int) -> Asked:
+    """Put batches on devices, rows shared among them."""
+    if devices == 1:
+        return jax.tree.map(jnp.asarray, asked)
     mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",))
-    rows = NamedSharding(mesh, PartitionSpec("data"))
-
-    def place(questions: Questions) -> Asked:
-        parts = questions.inputs, questions.places, questions.answers, questions.weights
-        if devices == 1:
-            return Asked(*map(jnp.asarray, parts))
-        return Asked(*(jax.device_put(part, rows) for part in parts))
-
-    return place
+    rows = NamedSharding(mesh, PartitionSpec(None, "data"))
+    return jax.tree.map(lambda part: jax.device_put(part, rows), asked)

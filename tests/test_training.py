@@ -7,16 +7,24 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_compiled import certify
 
 from design_models import ModelError
+from inference.derivation import draft
+from layers.mixer import SequenceMixer
 from recall.cli import main
 from recall.courses import Course, Segment, held_out, questions
+from recall.disturbances import disturbed
 from recall.evaluation import auroc, calibration_error, evaluate
 from recall.layers_by_name import mixer_maker
+from recall.models import token_model
 from recall.mqar import UNLABELLED
+from recall.new_model import write_new_model
 from recall.plans import Plan, as_data, from_data, harder, small_plan, zoology_plan
 from recall.run import _that_see
 from recall.run_folder import RunFolder
@@ -68,7 +76,20 @@ def test_the_published_course_has_the_published_seeds_and_length():
     seeds = np.random.RandomState(123).randint(0, 2**31, size=5, dtype=np.int64)
     published = [843828734, 914636141, 1228959102, 1840268610, 974319580]
     assert seeds.tolist() == published
+    tested = [2967327842, 2367878886, 3088727057, 3090095699, 4256823402, 3964712059, 3350193721]
+    assert plan.course.test_seeds(7) == tested
     assert plan.course.length == 32 * (391 + 4 * 79)
+
+
+def test_the_published_model_has_no_output_gate_and_gated_deltanet_wide_values():
+    for layer, wide in (("deltanet", 1), ("gated_deltanet", 2), ("bayesian_layer", 1)):
+        plan = zoology_plan("mqar", layer)
+        mixer = mixer_maker(layer, 2, as_zoology=plan.as_zoology)(16, jax.random.key(0))
+        assert isinstance(mixer, SequenceMixer)
+        assert mixer.gate is None
+        assert mixer.memory.inputs["value"] == (8 * wide,)
+    assert plan.rates == pytest.approx([10**-3, 10**-2.5, 10**-2, 10**-1.5])
+    assert (plan.dropout, plan.weight_decay) == (0.1, 0.1)
 
 
 def test_rows_of_unequal_questions_are_filled_up_with_weight_zero():
@@ -90,7 +111,47 @@ def test_a_plan_is_made_again_from_its_data(name):
         assert len(held_out(rows, 2, 0).inputs) == 2
 
 
+def test_harder_rows_hold_twice_as_many_pairs_as_a_memory_has_keys():
+    for rows in (Zoology(512, 64, 8), AssociativeRecall()):
+        assert vars(harder(rows, width=32)["64 pairs, 2 x width"])["pairs"] == 64
+
+
 # -- what is learned -----------------------------------------------------------------------------
+
+
+def test_projections_begin_small_as_upstreams_do():
+    model = token_model(64, 64, mixer_maker("kda", 2), rng=jax.random.key(0))
+    mixer = model.blocks[1].mixer
+    decay = mixer.sources["log_decay"].projection
+    matrices = mixer.out, mixer.gate.weight, mixer.sources["key"].weight, decay.down, decay.weight
+    for matrix in matrices:
+        assert np.std(matrix) == pytest.approx(0.02, rel=0.1)
+    assert np.max(np.abs(mixer.sources["key"].convolution.taps)) > 0.4  # these are left alone
+
+
+def test_a_decay_that_is_given_for_good_stays():
+    plan = tiny("retnet", steps=1)
+    runs = start(plan, mixer_maker("retnet", 2))
+    before = jax.tree.map(np.array, eqx.filter(runs.models, eqx.is_array))
+    after = train(plan, runs, 0, 1).models.blocks[0].mixer
+    mixer = before.blocks[0].mixer
+    given = mixer.sources["log_decay"].parameter
+    np.testing.assert_array_equal(after.sources["log_decay"].parameter, given)
+    assert np.abs(after.out - mixer.out).max() > 1e-4
+
+
+def test_a_batch_with_fewer_rows_than_the_others_is_trained_on_those_alone():
+    rows = Zoology(32, 16, 2)
+    whole = Course((Segment(rows, 3),), 3, epochs=1)
+    filled = replace(whole, batch=4)
+    plan = replace(tiny("linear_attention"), course=whole, dropout=0.0)
+    maker, found = mixer_maker("linear_attention", 2), []
+    for course in (whole, filled):
+        shown = replace(plan, course=course)
+        train(shown, start(shown, maker), 0, 1, lambda *told: found.append(told))
+    (_, *whole_told), (_, *filled_told) = found
+    np.testing.assert_allclose(filled_told[0], whole_told[0], rtol=1e-5)
+    assert filled_told[1:] == whole_told[1:]
 
 
 def test_a_memory_learns_to_recall():
@@ -187,6 +248,27 @@ def test_overlap_is_seen_in_the_keys_of_a_trained_model():
     assert keys[0] @ keys[1] == pytest.approx(0.9, abs=0.1)
 
 
+def test_disturbed_tokens_are_keys_with_a_cosine_and_noisy_values():
+    plan = small_plan("mqar", "linear_attention", Zoology(32, 16, 4), batch=2, steps=1)
+    models = start(replace(plan, d_model=64), mixer_maker("linear_attention", 2)).models
+    seen = {
+        name: jax.tree.map(lambda leaf: leaf[0], eqx.filter(changed.embedding, eqx.is_array))
+        for name, changed in disturbed(models, 1, Zoology(32, 16, 4)).items()
+    }
+    tokens = jnp.arange(32)
+    before = seen["overlap 0.9 of keys"].embedding(tokens)
+    overlapping = seen["overlap 0.9 of keys"](tokens)
+    lengths = np.linalg.norm(overlapping, axis=1)
+    np.testing.assert_allclose(lengths, np.linalg.norm(before, axis=1), rtol=1e-5)
+    directions = np.asarray(overlapping / lengths[:, None])[1:16]
+    cosines = (directions @ directions.T)[np.triu_indices(15, 1)]
+    assert np.mean(cosines) == pytest.approx(0.9, abs=0.02)
+    noisy = np.asarray(seen["noise 0.5 on values"](tokens) - before)
+    np.testing.assert_array_equal(noisy[:16], 0)
+    shares = np.linalg.norm(noisy[16:], axis=1) / np.linalg.norm(before[16:], axis=1)
+    assert np.mean(shares) == pytest.approx(0.5, rel=0.1)
+
+
 # -- the commands --------------------------------------------------------------------------------
 
 TRAINED = [
@@ -212,8 +294,23 @@ def test_a_run_is_trained_recorded_plotted_and_evaluated(task, layer, wish, tmp_
     assert main(["eval", str(out), "--beyond", "--examples", "8", "--json", str(told)]) == 0
     scores = json.loads(told.read_text())["scores"]
     assert "as in training" in scores
-    assert len(scores) > 2
+    assert len(scores) > 4
+    assert any(name.startswith("noise 0.5") for name in scores)
     assert "accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_a_model_of_ones_own_is_trained_and_evaluated(tmp_path, monkeypatch, capsys):
+    path, out = tmp_path / "my_memory.py", tmp_path / "run"
+    write_new_model(path)
+    monkeypatch.setattr("inference.verify", lambda model, **named: certify(draft(model)))
+    small = ["--d-model", "8", "--steps", "2", "--batch", "4", "--codes", "8", "--pairs", "1"]
+    asked = ["associative_recall", "--layer", f"{path}:model", "--out", str(out), *small]
+    assert main(["train", *asked]) == 0
+    assert json.loads((out / "record.json").read_text())["config"]["layer"] == f"{path}:model"
+    assert main(["eval", str(out)]) == 0
+    assert "my_memory.py:model" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -266,6 +363,8 @@ pairs = 2
 def test_a_sweep_trains_what_is_not_trained_yet(tmp_path, capsys):
     path, out, told = tmp_path / "sweep.toml", tmp_path / "runs", tmp_path / "told.json"
     path.write_text(SWEEP)
+    assert main(["sweep", str(path), "--out", str(out), "--minutes", "1e-9"]) == 0
+    assert "the same command goes on" in capsys.readouterr().out
     assert main(["sweep", str(path), "--out", str(out), "--json", str(told)]) == 0
     lines = json.loads(told.read_text())
     assert [line["layer"] for line in lines] == ["linear_attention", "deltanet"]
@@ -299,6 +398,7 @@ def test_the_rate_is_chosen_on_validation_rows():
         ('task = "mqar"\nlayers = ["gla"]\nrate = 1', "`rate` is unknown"),
         ('task = "mqar"\nlayers = ["gla"]\npreset = "big"', "`preset` is 'big'"),
         ('task = "mqar"\nlayers = ["gla"]\npreset = "zoology"\nsteps = 3', "leave out `steps`"),
+        ('task = "mqar"\nlayers = ["gla"]\nepochs = 3', "`epochs` is for the preset zoology"),
         ('task = "mqar"\nlayers = ["gla"]\n[rows]\ncopied = 3', "have no `copied`"),
     ],
 )
