@@ -76,7 +76,7 @@ def run_collide(request: argparse.Namespace) -> tuple[int, Any]:
     words += ["--seed", str(request.seed)]
     found = record(
         {"studies": names, "layers": layers, **asdict(setting)},
-        [asdict(curve) for curve in curves],
+        [curve.as_record() for curve in curves],
         command=shlex.join(["mbd", "collide", *words]),
         seed=request.seed,
         seconds=time.perf_counter() - start,

@@ -9,9 +9,13 @@ import numpy as np
 from .collisions.catalogue import STUDIES, Column
 from .collisions.curves import Curve
 
-_SMALLEST = {"intrusion": 1e-2, "squared error": 1e-3, "stated variance": 1e-3}
-_SMALLEST |= {"squared error, not told": 1e-3}
-"""Quantities that are drawn on a logarithmic axis, and where it turns linear, to reach 0."""
+_COLORS = (*(f"C{place}" for place in range(10)), "gold", "navy", "olive", "teal", "salmon")
+
+_HIGHEST = 1.25
+"""Of weights that are drawn: independent entries read a value several times over."""
+
+_LOWEST = 1e-4
+"""Of errors and variances that are drawn."""
 
 _ACROSS = 2
 
@@ -24,20 +28,22 @@ def plot_study(path: Path, study: str, curves: Sequence[Curve]) -> None:
     asked = (*STUDIES[study].columns, *STUDIES[study].panels)
     panels = [column for column in asked if any(_is_of(curve, column) for curve in own)]
     rows = -(-len(panels) // _ACROSS)
-    figure = Figure(figsize=(9.0, 1.6 + 2.5 * rows), layout="constrained")
+    figure = Figure(figsize=(8.0, 1.5 + 2.2 * rows), layout="constrained")
     axes = figure.subplots(rows, _ACROSS, squeeze=False).ravel()
     groups = list(dict.fromkeys(curve.layers for curve in own))
     for axis, column in zip(axes, panels, strict=False):
         shown = [curve for curve in own if _is_of(curve, column)]
         for curve in shown:
             _draw(axis, curve, groups.index(curve.layers))
-        _scale(axis, column, shown[0].at)
+        _scale(axis, column, shown)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize="small"
+    )
     figure.suptitle(f"{STUDIES[study].title}\ndots: measured; lines: closed form")
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=72, pil_kwargs={"compress_level": 9})
 
 
 def _is_of(curve: Curve, column: Column) -> bool:
@@ -48,7 +54,7 @@ def _is_of(curve: Curve, column: Column) -> bool:
 def _draw(axis: Any, curve: Curve, place: int) -> None:
     """Measured as dots, joined by faint dashes where nothing is predicted."""
     is_exact = "bayesian_layer" in curve.layers
-    color, front = ("black", 3) if is_exact else (f"C{place}", 2)
+    color, front = ("black", 3) if is_exact else (_COLORS[place], 2)
     axis.plot(
         curve.at,
         curve.measured,
@@ -63,13 +69,23 @@ def _draw(axis: Any, curve: Curve, place: int) -> None:
         axis.plot(curve.at, curve.predicted, color=color, linewidth=1, zorder=front)
 
 
-def _scale(axis: Any, column: Column, at: Sequence[float]) -> None:
+def _scale(axis: Any, column: Column, curves: Sequence[Curve]) -> None:
+    at, label = curves[0].at, column.quantity
     if column.axis != "cosine":
         axis.set_xscale("log", base=2)
     axis.set_xticks(np.asarray(at), [f"{place:g}" for place in at])
     axis.minorticks_off()
-    if column.quantity in _SMALLEST:
-        axis.set_yscale("symlog", linthresh=_SMALLEST[column.quantity])
-        axis.set_ylim(bottom=0)
-    axis.set(xlabel=column.axis, ylabel=column.quantity, title=column.order)
+    if column.quantity == "intrusion":
+        axis.set_yscale("symlog", linthresh=1e-2)
+        axis.set_ylim(bottom=-5e-3)
+    elif column.quantity in ("retention", "gain"):
+        is_cut = max(max(curve.measured) for curve in curves) > _HIGHEST
+        label += ", cut" if is_cut else ""
+        axis.set_ylim(-0.05, _HIGHEST)
+    elif column.quantity.startswith(("squared error", "stated variance")):
+        is_cut = min(min(curve.measured) for curve in curves) < _LOWEST
+        label += ", cut" if is_cut else ""
+        axis.set_yscale("log")
+        axis.set_ylim(bottom=_LOWEST if is_cut else None)
+    axis.set(xlabel=column.axis, ylabel=label, title=column.order)
     axis.grid(alpha=0.2)

@@ -59,7 +59,7 @@ STUDIES = {
         overlap,
         f"a value written once, another n times with a key of cosine {OVERLAP} to its own",
         _columns("others", _BOTH, *_WEIGHTS),
-        _columns("cosine", _BOTH, *_WEIGHTS),
+        _columns("cosine", _BOTH, "retention"),
     ),
     "crowd": CollisionStudy(
         crowd,

@@ -1,8 +1,8 @@
 """What a study finds: a quantity, measured and predicted, along an axis."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -25,7 +25,7 @@ class Setting:
     Args:
         noise: ρ, noise variance over prior variance of a write; delta rules write with
             β = 1/(1 + ρ).
-        width: K, entries of a key.
+        width: K, entries of a key, in the crowd; two keys have `two_keys.KEY_WIDTH`.
         draws: how often keys are drawn.
         seed: of all draws.
     """
@@ -76,6 +76,19 @@ class Curve:
         if self.claim == "wide keys":
             allowed = allowed + WIDE_KEYS * np.abs(predicted)
         return bool(np.any(np.abs(measured - predicted) > allowed))
+
+    def as_record(self) -> dict[str, Any]:
+        """The curve as plain data, to six digits; also its largest departure from the form."""
+        data = asdict(self)
+        for name in ("measured", "standard_error", "predicted"):
+            numbers = data[name]
+            data[name] = numbers and [float(f"{number:.6g}") for number in numbers]
+        if self.predicted is not None:
+            apart = np.abs(np.subtract(self.measured, self.predicted))
+            data["largest_departure"] = float(f"{np.max(apart):.2g}")
+        if not any(self.standard_error):
+            del data["standard_error"]
+        return data
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,10 @@ from .readings import Forgetting, Read, Script, read
 ORDERS = {"retroactive": False, "proactive": True}
 """By the interference: whether the target comes last."""
 
+KEY_WIDTH = 16
+"""Two keys span a plane, whatever their width; the width matters to independent entries only, and
+to one variance per key."""
+
 _WRITES = (1, 2, 4, 8, 16, 32, 64)
 _OVERLAPS = (0.0, 0.3, 0.5, 0.7, 0.9, 1.0)
 OVERLAP = 0.7
@@ -162,7 +166,7 @@ def unit_keys(
 ) -> tuple[Float[np.ndarray, "draw key"], Float[np.ndarray, "draw key"]]:
     """Random unit keys, and others of that cosine to them."""
     rng = np.random.default_rng(setting.seed)
-    drawn = rng.normal(size=(2, setting.draws, setting.width))
+    drawn = rng.normal(size=(2, setting.draws, KEY_WIDTH))
     target = drawn[0] / np.linalg.norm(drawn[0], axis=-1, keepdims=True)
     apart = drawn[1] - np.sum(drawn[1] * target, axis=-1, keepdims=True) * target
     apart /= np.linalg.norm(apart, axis=-1, keepdims=True)
