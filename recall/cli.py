@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .collide_command import add_collide_options, run_collide
 from .task_options import TASK_NAMES, add_row_options, chosen_rows
 from .terminal import Status, console
 from .train_commands import (
@@ -189,6 +190,15 @@ def _parser() -> argparse.ArgumentParser:
         help="entries of keys and values (default 8 16 32 64)",
     )
     recall.add_argument("--seed", type=_seed, default=0, help="seed of the tokens' directions")
+
+    collide = _command(
+        commands,
+        "collide",
+        run_collide,
+        "let keys collide in layers that have learned nothing, and compare with closed forms",
+        "mbd collide crowd --layers deltanet bayesian_layer --out runs/collisions",
+    )
+    add_collide_options(collide)
 
     batch = _command(
         commands,
