@@ -1,8 +1,8 @@
 r"""A delta rule's memory, written at a strength β instead of at a noise.
 
 With the covariance reset to the identity, the gain k / (‖k‖² + r) is βk at noise r = 1/β − ‖k‖²,
-also where a key is shorter than 1. A reset is all that needs r above 0 only in sum with ‖k‖²: β up
-to 2 (negative eigenvalues) writes more than any reading can tell, and its variances may be negative.
+also where a key is shorter than 1. A reset needs no r above 0, only a sum above 0. β up to 2
+(negative eigenvalues) writes more than any reading could tell: its variances may be negative.
 """
 
 from typing import Any

@@ -67,5 +67,5 @@ def compare(model: LanguageModel, path: Path) -> Comparison:
     )
 
 
-def _norm(array: np.ndarray, axis: int | None) -> np.ndarray:
+def _norm(array: np.ndarray, axis: int | None) -> np.ndarray | np.floating:
     return np.sqrt(np.sum(array**2, axis=axis))
