@@ -117,7 +117,8 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     Weights that have not changed come out bit for bit as they were read.
 
     Raises:
-        ModelError: the folder holds something, or cannot be written.
+        ModelError: the folder holds something or cannot be written, or the model has weights that
+            the format has no names for.
     """
     tensors = tensors_of(checkpoint.model, checkpoint.configuration)
     if names.HEAD not in tensors:
@@ -132,9 +133,9 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
             held = {name: tensors[name].astype(dtype) for name, dtype in file.dtypes.items()}
             metadata = None if file.metadata is None else dict(file.metadata)
             save_file(held, folder / file.name, metadata=metadata)
-    except OSError as error:
-        message = f"`--out` is {folder}: {error.strerror}; name another folder."
-        raise ModelError(message) from error
+    except (OSError, SafetensorError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise ModelError(f"`--out` is {folder}: {said}; name another folder.") from error
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:

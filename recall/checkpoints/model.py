@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from design_models import ModelError
 from layers import Block, LanguageModel, SequenceMixer, links
 from layers.mixer import Source
 from layers.norm import RootMeanSquareNorm
@@ -114,8 +115,7 @@ def _mixer(configuration: Configuration, rng: Any) -> SequenceMixer:
 def _strength(configuration: Configuration, rng: Any) -> Source:
     heads = configuration.heads
     if not configuration.strength:
-        full = 2.0 if configuration.doubled else 1.0
-        return PerHead(jnp.full((heads,), full), identity, learned=False)
+        return PerHead(jnp.ones(heads), identity, learned=False)
     link = doubled_sigmoid if configuration.doubled else links.sigmoid
     return Projected(configuration.d_model, heads, (), link, rng=rng)
 
@@ -184,7 +184,13 @@ def model_of(configuration: Configuration, tensors: Mapping[str, np.ndarray]) ->
 
 
 def tensors_of(model: LanguageModel, configuration: Configuration) -> dict[str, np.ndarray]:
-    """The model's weights by the names of the format and in its shapes, float32."""
+    """The model's weights by the names of the format and in its shapes, float32.
+
+    Raises:
+        ModelError: the model has a restoration, which the format has no name for.
+    """
+    if any("restoration" in block.mixer.sources for block in model.blocks):
+        raise ModelError("the model has a restoration, which this format has no name for.")
     return {
         name: np.ascontiguousarray(_turned_back(name, np.asarray(weight)))
         for name, weight in _places(model, configuration)
