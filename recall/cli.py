@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .collide_command import add_collide_options, run_collide
+from .convert_command import add_convert_options, run_convert
 from .task_options import TASK_NAMES, add_row_options, chosen_rows
 from .terminal import Status, console
 from .train_commands import (
@@ -251,6 +252,16 @@ def _parser() -> argparse.ArgumentParser:
         "mbd sweep sweep.toml --out runs/sweep",
     )
     add_sweep_options(sweep)
+
+    convert = _command(
+        commands,
+        "convert",
+        run_convert,
+        "read a Gated DeltaNet or DeltaNet checkpoint of flash-linear-attention",
+        "mbd convert checkpoint --check expected.safetensors\n"
+        "         mbd convert checkpoint --out written_back",
+    )
+    add_convert_options(convert)
 
     bench = _command(
         commands,

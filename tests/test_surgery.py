@@ -1,0 +1,120 @@
+"""Bayesian Layers in place of a checkpoint's delta rules: the same logits at restoration 0."""
+
+from dataclasses import replace
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_checkpoints import EXPECTED, GOLDEN, SMALL, VARIANTS, drawn
+
+from design_models import ModelError
+from layers import LanguageModel
+from recall.checkpoints.comparison import compare
+from recall.checkpoints.configuration import configuration_of
+from recall.checkpoints.folder import read_checkpoint, write_checkpoint
+from recall.checkpoints.model import logits, model_of
+from recall.checkpoints.surgery import with_restoration
+
+TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 19, (1, 70)))
+LAYOUTS = ("as it comes", "grouped values", "DeltaNet, elu", "DeltaNet, bare keys")
+
+
+def small(settings: dict = SMALL, size: float = 0.5) -> LanguageModel:
+    configuration = configuration_of(settings)
+    return model_of(configuration, drawn(configuration, size=size))
+
+
+def furthest(found, expected) -> float:
+    """Largest difference of logits, beside the largest logit."""
+    return float(jnp.abs(found - expected).max() / jnp.abs(expected).max())
+
+
+def test_a_checkpoint_still_agrees_with_flash_linear_attention_at_restoration_0():
+    assert compare(with_restoration(read_checkpoint(GOLDEN).model), EXPECTED).error < 1e-4
+
+
+@pytest.mark.parametrize("size", [0.02, 0.5], ids=["short keys", "long keys"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_are_unchanged_to_rounding(layout, size):
+    """Worst seen 1.0e-5; keys that are written with strength 1, without noise, too."""
+    model = small(VARIANTS[layout], size)
+    assert furthest(logits(with_restoration(model), TOKENS), logits(model, TOKENS)) < 5e-5
+
+
+def test_decoding_is_unchanged_to_rounding():
+    model = small()
+    restored = with_restoration(model, heads=[1])
+    step = eqx.filter_jit(LanguageModel.step)
+    before, after = model.init_state(), restored.init_state()
+    for token in TOKENS[0, :6]:
+        expected, before = step(model, token, before)
+        found, after = step(restored, token, after)
+        assert furthest(found, expected) < 5e-5
+
+
+def test_chosen_layers_alone_change():
+    model = small()
+    restored = with_restoration(model, layers=[1])
+    assert "restoration" not in restored.blocks[0].mixer.sources
+    assert "restoration" in restored.blocks[1].mixer.sources
+    for block, before in zip(restored.blocks, model.blocks, strict=True):
+        for name, source in before.mixer.sources.items():
+            assert eqx.tree_equal(block.mixer.sources[name], source)
+
+
+def test_chosen_heads_alone_are_restored():
+    """Of one layer, restored in full: the other head's read-outs stay, the chosen one's do not."""
+    model = small()
+    restored = with_restoration(model, layers=[0], heads=[1], restoration=1.0)
+    x = model.embedding[TOKENS[0]]
+    before, after = (one.blocks[0](x)[1] for one in (model, restored))
+    assert furthest(after.mean[:, 0], before.mean[:, 0]) < 5e-5
+    assert furthest(after.mean[:, 1], before.mean[:, 1]) > 1e-2
+    np.testing.assert_array_less(0, after.variance[:, 1])
+
+
+def test_training_moves_the_chosen_restorations_and_no_others():
+    restored = with_restoration(small(), layers=[1], heads=[0])
+
+    def loss(model):
+        return -jnp.mean(jax.nn.log_softmax(model(TOKENS[0])[0])[:, 0])
+
+    gradient = eqx.filter_jit(eqx.filter_grad(loss))(restored)
+    assert all(
+        bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient) if leaf is not None
+    )
+    dial = gradient.blocks[1].mixer.sources["restoration"].parameter
+    assert dial[0] != 0
+    assert dial[1] == 0
+
+
+def test_what_the_format_has_no_name_for_is_not_left_out(tmp_path):
+    checkpoint = read_checkpoint(GOLDEN)
+    changed = replace(checkpoint, model=with_restoration(checkpoint.model, layers=[2]))
+    with pytest.raises(ModelError, match="restoration"):
+        write_checkpoint(tmp_path / "out", changed)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"layers": [2]}, "`layers` holds 2; there are 2"),
+        ({"heads": [-1]}, "`heads` holds -1"),
+        ({"restoration": 1.5}, "`restoration` is 1.5"),
+    ],
+)
+def test_what_is_not_there_cannot_be_restored(change, said):
+    with pytest.raises(ValueError, match=said):
+        with_restoration(small(), **change)
+
+
+def test_a_layer_is_restored_once():
+    with pytest.raises(ValueError, match="restored already"):
+        with_restoration(with_restoration(small()), layers=[0])
+
+
+def test_negative_eigenvalues_have_no_restoration():
+    with pytest.raises(ValueError, match="negative eigenvalues"):
+        with_restoration(small(VARIANTS["negative eigenvalues"]))
