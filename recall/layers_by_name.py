@@ -18,7 +18,9 @@ ATTENTION = "attention"
 
 
 @cache  # a model of the user's is verified once, though asked for before the run and in it
-def mixer_maker(layer: str, heads: int, *, as_zoology: bool = False) -> MakeMixer:
+def mixer_maker(
+    layer: str, heads: int, *, as_zoology: bool = False, expansion: int | None = None
+) -> MakeMixer:
     """Return (d_model, rng) -> mixer.
 
     Args:
@@ -26,10 +28,16 @@ def mixer_maker(layer: str, heads: int, *, as_zoology: bool = False) -> MakeMixe
             verified before it is compiled, at its own widths.
         heads: memories side by side.
         as_zoology: without an output gate, and Gated DeltaNet with values twice as wide as keys.
+        expansion: how many times as wide as keys values are; as published where left out.
 
     Raises:
-        ModelError: there is no such layer, or the model is not verified.
+        ModelError: there is no such layer, the model is not verified, or the layer's values have
+            a width of their own.
     """
+    if expansion is not None and layer not in CATALOGUE:
+        raise ModelError(
+            f"`--expansion` is {expansion}, but the widths of {layer} are its own; leave it out."
+        )
     if layer == ATTENTION:
         return lambda d_model, rng: SoftmaxAttention(d_model, heads, rng=rng)
     if ".py" not in layer:
@@ -40,7 +48,7 @@ def mixer_maker(layer: str, heads: int, *, as_zoology: bool = False) -> MakeMixe
             )
 
         def make(d_model: int, rng: PRNGKeyArray) -> Mixer:
-            wide = 2 if as_zoology and layer == "gated_deltanet" else 1
+            wide = expansion or (2 if as_zoology and layer == "gated_deltanet" else 1)
             mixer = published_mixer(
                 layer, d_model, heads, value_width=wide * (d_model // heads), rng=rng
             )

@@ -41,6 +41,7 @@ class Plan:
         dropout: of embedded tokens.
         as_zoology: whether mixers are as in Zoology's sweep: without an output gate, and Gated
             DeltaNet with values twice as wide as keys.
+        expansion: how many times as wide as keys values are; as published where None.
     """
 
     task: str
@@ -55,6 +56,7 @@ class Plan:
     weight_decay: float = 0.1
     dropout: float = 0.0
     as_zoology: bool = False
+    expansion: int | None = None
 
     @property
     def runs(self) -> list[tuple[float, int]]:

@@ -138,7 +138,7 @@ def _that_see(models: RecallModel, rows: Rows) -> RecallModel:
 
 
 def _maker(plan: Plan) -> MakeMixer:
-    return mixer_maker(plan.layer, plan.heads, as_zoology=plan.as_zoology)
+    return mixer_maker(plan.layer, plan.heads, as_zoology=plan.as_zoology, expansion=plan.expansion)
 
 
 def _test_seeds(plan: Plan) -> list[int]:

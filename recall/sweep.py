@@ -9,6 +9,7 @@ A sweep is a TOML file, here with everything it may hold:
     seeds = [0, 1, 2]             # default [0]
     preset = "small"              # or "zoology"; default "small"
     heads = 2                     # default 2
+    expansion = 2                 # values so many times as wide as keys; default: as published
     epochs = 32                   # zoology only; 32 as published
     steps = 600                   # small only
     batch = 64                    # small only; default: 64, fewer where rows are long
@@ -49,6 +50,7 @@ _KINDS: dict[str, type] = {
     "seeds": list,
     "preset": str,
     "heads": int,
+    "expansion": int,
     "epochs": int,
     "steps": int,
     "batch": int,
@@ -162,7 +164,13 @@ def _plan(data: Mapping[str, Any], layer: str, width: int) -> Plan:
         batch, steps = data.get("batch", small_batch(rows)), data.get("steps", SMALL_STEPS)
         plan = small_plan(task.name, layer, rows, batch=batch, steps=steps)
     given = {name: tuple(data[name]) for name in ("rates", "seeds") if name in data}
-    return replace(plan, d_model=width, heads=data.get("heads", 2), **given)
+    return replace(
+        plan,
+        d_model=width,
+        heads=data.get("heads", 2),
+        expansion=data.get("expansion"),
+        **given,
+    )
 
 
 def _check(path: Path, data: Mapping[str, Any]) -> None:

@@ -30,6 +30,12 @@ def add_train_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--d-model", type=_positive, help="width (default 64)")
     command.add_argument("--heads", type=_positive, help="memories side by side (default 2)")
     command.add_argument(
+        "--expansion",
+        type=_positive,
+        metavar="N",
+        help="values N times as wide as keys, for memories of one size (default: as published)",
+    )
+    command.add_argument(
         "--rates", type=_above_zero, nargs="+", metavar="RATE", help="learning rates"
     )
     command.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="of parameters")
@@ -83,7 +89,7 @@ def run_train(request: argparse.Namespace) -> tuple[int, Any]:
             raise ModelError(
                 f"`--batch` is {plan.course.batch}, no multiple of `--devices` {request.devices}."
             )
-        mixer_maker(plan.layer, plan.heads)  # a wrong name is found before a folder is made
+        mixer_maker(plan.layer, plan.heads, expansion=plan.expansion)  # wrong names come to light
         folder.create(plan)
     elif folder.plan().task != request.task:
         raise ModelError(f"{request.out} holds a run of {folder.plan().task}, not {request.task}.")
@@ -179,7 +185,9 @@ def _plan(request: argparse.Namespace) -> Any:
         rows = chosen_rows(replace(task, rows=small_rows(task)), request)
         steps, batch = request.steps or SMALL_STEPS, request.batch or small_batch(rows)
         plan = small_plan(task.name, request.layer, rows, batch=batch, steps=steps)
-    changes = {name: getattr(request, name) for name in ("d_model", "heads", "rates", "seeds")}
+    changes = {
+        name: getattr(request, name) for name in ("d_model", "heads", "rates", "seeds", "expansion")
+    }
     given = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in changes.items()

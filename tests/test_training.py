@@ -88,6 +88,9 @@ def test_the_published_model_has_no_output_gate_and_gated_deltanet_wide_values()
         assert isinstance(mixer, SequenceMixer)
         assert mixer.gate is None
         assert mixer.memory.inputs["value"] == (8 * wide,)
+    mixer = mixer_maker("bayesian_layer", 2, as_zoology=True, expansion=3)(16, jax.random.key(0))
+    assert isinstance(mixer, SequenceMixer)
+    assert mixer.memory.inputs["value"] == (24,)
     assert plan.rates == pytest.approx([10**-3, 10**-2.5, 10**-2, 10**-1.5])
     assert (plan.dropout, plan.weight_decay) == (0.1, 0.1)
 
