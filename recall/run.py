@@ -60,7 +60,8 @@ def finish(
     """
     plan, began = folder.plan(), time.perf_counter()
     runs, first, history = folder.load(start(plan, _maker(plan)))
-    history.setdefault("seconds", []).append([0.0])
+    pieces = history.setdefault("pieces", [])
+    pieces.append([0.0, 0, 0.0])
     saved = time.perf_counter()
     spent = _Meter()
 
@@ -81,21 +82,20 @@ def finish(
         now = time.perf_counter()
         due = now - saved > _SECONDS_BETWEEN_SAVES or now > deadline
         if due or step == plan.course.length:
-            history["seconds"][-1] = [now - began]
+            pieces[-1] = [now - began, spent.tokens, spent.seconds]
             folder.save(runs, step, history)
             saved = time.perf_counter()
-    speed = spent.speed
+    _, tokens, timed = np.sum(pieces, axis=0)
     stage("testing")
     metrics = {
         "runs": [{"rate": rate, "seed": seed} for rate, seed in plan.runs],
         "parameters": parameter_count(_first(runs.models)),
         "validation": _scores(runs.models, plan, _seeds(VALIDATION_SEED, plan)),
         "test": _scores(runs.models, plan, _test_seeds(plan)),
-        "tokens_per_second": speed,
+        "tokens_per_second": tokens / timed if timed else 0.0,
         "final_loss": np.mean(history["loss"][-_SMOOTHED:], axis=0),
     }
-    earlier = sum(piece for (piece,) in history["seconds"][:-1])
-    seconds = earlier + time.perf_counter() - began
+    seconds = sum(piece[0] for piece in pieces[:-1]) + time.perf_counter() - began
     found = record(as_data(plan), metrics, command=command, seed=list(plan.seeds), seconds=seconds)
     write_json(folder.record_file, found)
     plots.learning_curve(folder.path / "learning_curve.png", plan, history)
@@ -169,15 +169,12 @@ class _Meter:
     """Tokens a second, without the first step, which compiles."""
 
     def __init__(self) -> None:
-        self.tokens, self.began = 0, 0.0
+        self.tokens, self.began, self.seconds = 0, 0.0, 0.0
 
     def count(self, tokens: int) -> float:
         if not self.began:
             self.began = time.perf_counter()
         else:
             self.tokens += tokens
-        return self.speed
-
-    @property
-    def speed(self) -> float:
-        return self.tokens / max(time.perf_counter() - self.began, 1e-9) if self.tokens else 0.0
+            self.seconds = time.perf_counter() - self.began
+        return self.tokens / max(self.seconds, 1e-9)

@@ -15,7 +15,8 @@ from .records import write_json
 from .training import Runs
 
 History = dict[str, list[list[float]]]
-"""`loss` and `accuracy`: for every step, those of every run; `seconds`: of every piece."""
+"""`loss` and `accuracy`: for every step, those of every run; `pieces`: of each, seconds in all, and
+tokens and seconds of its steps but the first."""
 
 
 @dataclass(frozen=True)
