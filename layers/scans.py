@@ -80,7 +80,8 @@ def filter_scan(
     check_widths(stream, start)
     reason = refusal(stream, start, prior_variance, rule, algorithm) or device_refusal()
     if chosen(backend, reason):
-        return kernel_scan(stream, start, prior_variance)
+        assert isinstance(rule, Exact | Restored)
+        return kernel_scan(stream, start, prior_variance, rule)
     count = stream.observations
     if count > 1 and isinstance(rule, Diagonal | Isotropic):
         raise ValueError(

@@ -15,6 +15,7 @@ from layers.scans import filter_scan
 from layers.stream import Belief, Stream
 
 PRIOR = 0.9
+EXACT = Exact()
 VECTORS = ("key", "value", "query")
 TOLERANCES = {
     "float32": {"values": 1e-4, "gradients": 1e-3},
@@ -24,12 +25,17 @@ TOLERANCES = {
 """Relative errors, of each array by its norm. Inputs are rounded before they are compared."""
 
 
-def draw(case: Case, dtype: str) -> tuple[dict, jax.Array | None]:
-    """Every differentiable input in float32, or rounded to bfloat16, and documents' starts."""
+def draw(case: Case, dtype: str, dial=None) -> tuple[dict, jax.Array | None]:
+    """Every differentiable input in float32, or rounded to bfloat16, and documents' starts.
+
+    `dial` is the restoration of a `Restored` rule, one number or one a token.
+    """
     stream = draw_stream(case, dtype="float32")
     mean, covariance = draw_initial(Exact(), case.key, case.value)
     named = {name: getattr(stream, name) for name in (*VECTORS, "noise", "log_decay", "drift")}
     named |= {"prior": jnp.float32(PRIOR), "mean": mean, "covariance": covariance}
+    if dial is not None:
+        named |= {"restoration": dial, "restored variance": jnp.float32(0.8)}
     cast = {
         name: jnp.asarray(part, dtype if name in VECTORS else "float32")
         for name, part in named.items()
@@ -43,7 +49,10 @@ def outputs(arguments: dict, starts, form) -> dict:
     rates = {name: arguments.get(name) for name in ("log_decay", "drift")}
     stream = Stream(*(arguments[name] for name in (*VECTORS, "noise")), **rates, starts=starts)
     covariance = (arguments["covariance"] + arguments["covariance"].T) / 2
-    last, reading = form(stream, Belief(arguments["mean"], covariance), arguments["prior"])
+    rule = Exact()
+    if "restoration" in arguments:
+        rule = Restored(arguments["restoration"], arguments["restored variance"])
+    last, reading = form(stream, Belief(arguments["mean"], covariance), arguments["prior"], rule)
     named = {"last mean": last.mean, "last covariance": last.covariance}
     return named | {
         "outputs": reading.mean,
@@ -52,12 +61,12 @@ def outputs(arguments: dict, starts, form) -> dict:
     }
 
 
-def by_token(stream, initial, prior):
-    return filter_scan(stream, prior, initial=initial, algorithm="token")
+def by_token(stream, initial, prior, rule=EXACT):
+    return filter_scan(stream, prior, rule, initial=initial, algorithm="token")
 
 
-def simulated(stream, initial, prior):
-    return kernel_scan(stream, initial, prior, interpret=True)
+def simulated(stream, initial, prior, rule=EXACT):
+    return kernel_scan(stream, initial, prior, rule, interpret=True)
 
 
 def weigh(parts: dict) -> jax.Array:
@@ -194,7 +203,6 @@ def test_kernels_lower_for_cuda(keys, dtype):
 FITTING = Case(20, 64, 64, decay="scalar", drift="scalar", starts=(3,))
 UNFIT = {
     "rule": (FITTING, {"rule": Diagonal()}),
-    "rule restored": (FITTING, {"rule": Restored(jnp.asarray(0.5))}),
     "algorithm": (FITTING, {"algorithm": "parallel"}),
     "memory": (replace(FITTING, value=80), {}),
     "memory wider": (replace(FITTING, key=136), {}),
@@ -344,7 +352,7 @@ def test_extremes_of_noise_and_keys_alike_on_a_gpu(case, noise, dtype):
 def test_automatic_choice_on_a_gpu_is_the_kernel():
     arguments, starts = draw(FULL, "float32")
 
-    def automatic(stream, initial, prior):
-        return filter_scan(stream, prior, initial=initial)
+    def automatic(stream, initial, prior, rule):
+        return filter_scan(stream, prior, rule, initial=initial)
 
     assert "mosaic_gpu" in jax.jit(differentiated(automatic)).lower(arguments, starts).as_text()

@@ -9,6 +9,8 @@ from .mosaic import BLOCK
 
 SMALLEST_LOG_DECAY = -100.0
 """Below it a decay is 0 in float32."""
+SMALLEST_LOG_KEPT = -20.0
+"""Below it a restoration keeps nothing that float32 would notice beside what it adds."""
 
 Numbers = Float[Array, "*row time"]
 
@@ -23,6 +25,9 @@ class Rates(NamedTuple):
         end: decay to the block's end; 0 where a document starts between.
         decay: a; 0 where a document starts.
         ratios: decay from each of the block's 16 tokens to this one, 0 from later ones.
+        kept: λ, how much of a predicted covariance a restoration keeps; None where it keeps all.
+            `alpha`, `end` and `ratios` are of the mean then, `decay` is λ a.
+        faded: log λ, summed since the block's start.
     """
 
     noise: Numbers
@@ -31,10 +36,20 @@ class Rates(NamedTuple):
     end: Numbers
     decay: Numbers
     ratios: Float[Array, "*row time 16"]
+    kept: Numbers | None = None
+    faded: Numbers | None = None
+
+    def given(self) -> tuple[Array, ...]:
+        """Those that there are."""
+        return tuple(part for part in self if part is not None)
 
 
 def rates(
-    noise: Numbers, log_decay: Numbers, starts: Bool[Array, "*row time"], added: Numbers
+    noise: Numbers,
+    log_decay: Numbers,
+    starts: Bool[Array, "*row time"],
+    added: Numbers,
+    kept: Numbers | None = None,
 ) -> Rates:
     """Rates of tokens whose number is a multiple of 16.
 
@@ -46,19 +61,27 @@ def rates(
         log_decay: of memory and standard deviation alike.
         starts: where documents start.
         added: variance before the write: q, or all of it where a document starts.
+        kept: λ of a restoration; None for 1.
     """
     total, document = sums(log_decay, starts, BLOCK)
     ratios = ratios_within(total, document)
     alpha = jnp.where(document == 0, jnp.exp(total), 0)
-    drift = jnp.sum(ratios**2 * added.reshape(total.shape)[..., None, :], axis=-1)
-    shape = noise.shape
+    decay = jnp.where(starts, 0, jnp.exp(log_decay))
+    squared, shape = ratios**2, noise.shape
+    restored = ()
+    if kept is not None:
+        faded = kept_sums(kept, BLOCK)
+        squared, decay = squared * kept_within(faded), decay * kept
+        restored = kept, faded.reshape(shape)
+    drift = jnp.sum(squared * added.reshape(total.shape)[..., None, :], axis=-1)
     return Rates(
         noise,
         alpha.reshape(shape),
         drift.reshape(shape),
         ratios[..., -1, :].reshape(shape),
-        jnp.where(starts, 0, jnp.exp(log_decay)),
+        decay,
         ratios.reshape(*shape, BLOCK),
+        *restored,
     )
 
 
@@ -84,3 +107,17 @@ def ratios_within(
     allowed = same & jnp.tril(jnp.ones((length, length), bool))
     between = total[..., :, None] - total[..., None, :]
     return jnp.exp(jnp.where(allowed, between, -jnp.inf))
+
+
+def kept_sums(kept: Numbers, length: int) -> Float[Array, "*row part token"]:
+    """Log λ summed since the start of each part of the sequence."""
+    steps = jnp.maximum(jnp.log(kept), SMALLEST_LOG_KEPT)
+    return jnp.cumsum(steps.reshape(*kept.shape[:-1], -1, length), axis=-1)
+
+
+def kept_within(
+    faded: Float[Array, "*row part token"],
+) -> Float[Array, "*row part token token"]:
+    """Product of λ over the tokens after s, up to t, of each part; 1 for s > t."""
+    between = faded[..., :, None] - faded[..., None, :]
+    return jnp.exp(jnp.minimum(between, 0))

@@ -57,6 +57,32 @@ def hidden_zero(here, slot, start):
     return jnp.where(here.alphas[slot, start + BLOCK - 1] < 0, 1, 0)
 
 
+def since(here, slot, start):
+    """Decay of P since the block's start, of each token."""
+    tokens = pl.ds(start, BLOCK)
+    alpha = mosaic.load(here.alphas.at[slot, tokens], COLUMNS)
+    if here.faded is None:
+        return alpha * alpha
+    return alpha * alpha * jnp.exp(mosaic.load(here.faded.at[slot, tokens], COLUMNS))
+
+
+def until(here, slot, start):
+    """Decay of P from each token to the block's end."""
+    tokens = pl.ds(start, BLOCK)
+    end = mosaic.load(here.ends.at[slot, tokens], COLUMNS)
+    if here.faded is None:
+        return end * end
+    faded = mosaic.load(here.faded.at[slot, tokens], COLUMNS)
+    return end * end * jnp.exp(here.faded[slot, start + BLOCK - 1] - faded)
+
+
+def through_all(here, slot, start):
+    """Decay of P through the block."""
+    last = start + BLOCK - 1
+    kept = here.alphas[slot, last] ** 2
+    return kept if here.faded is None else kept * jnp.exp(here.faded[slot, last])
+
+
 def across(ref, count, columns):
     """The first pieces of what is written (key, token) as (token, key), of these keys."""
     return [ref.at[piece, columns].transpose((1, 0)) for piece in range(count)]
@@ -71,6 +97,7 @@ def _eliminate(here, share, slot, tokens):
         here.whitened,
         here.deviations.at[share, tokens],
         keys=here.keys.shape[-1],
+        kept=None if here.kept is None else here.kept.at[slot, tokens],
         interpret=here.interpret,
     )
 
@@ -86,10 +113,10 @@ def narrow_block():
         multiply = partial(mosaic.product, interpret=here.interpret)
         tokens = pl.ds(start, BLOCK)
         split = pieces(covariance, COVARIANCE_PIECES)
-        alpha = mosaic.load(here.alphas.at[slot, tokens], COLUMNS)
+        fade = since(here, slot, start)
         drift = along_columns(mosaic.load(here.drifts.at[slot, tokens], COLUMNS), thin)
         carried = multiply(thin, pairs(split, pieces_of(here.keys, slot, tokens), 3))
-        tied = carried * along_columns(alpha * alpha, thin)
+        tied = carried * along_columns(fade, thin)
         tied = tied + mosaic.load_transposed(here.keys_plain.at[slot, tokens]) * drift
         mosaic.store_transposed(here.columns.at[:, pl.ds(0, WIDTH)], tied)
         for piece, part in enumerate(pieces(tied, COVARIANCE_PIECES)):
@@ -109,13 +136,12 @@ def narrow_block():
             here.moved.at[0, piece][...] = part
         mosaic.commit_smem()
         mosaic.barrier_arrive(here.elimination_ready)
-        end = mosaic.load(here.ends.at[slot, tokens], COLUMNS)
-        left = pieces(own * along_columns(end * end, thin), COVARIANCE_PIECES)
+        left = pieces(own * along_columns(until(here, slot, start), thin), COVARIANCE_PIECES)
         right = across(here.moved.at[0], COVARIANCE_PIECES, pl.ds(0, WIDTH))
         absorbed = multiply(square, pairs(left, right, 3))
-        kept = here.alphas[slot, start + BLOCK - 1]
+        kept = through_all(here, slot, start)
         added = here.drifts[slot, start + BLOCK - 1]
-        return (covariance * (kept * kept) + identity * added - absorbed,)
+        return (covariance * kept + identity * added - absorbed,)
 
     return block
 
@@ -137,8 +163,7 @@ def wide_block(share, here, slot, start, covariance):
         return reduce(add, map(mosaic.load_transposed, parts))
 
     carried, seen = through(covariance, here, slot, tokens, COVARIANCE_PIECES)
-    alpha = mosaic.load(here.alphas.at[slot, tokens], COLUMNS)
-    fade = along_columns(alpha * alpha, thin)
+    fade = along_columns(since(here, slot, start), thin)
     drift = along_columns(mosaic.load(here.drifts.at[slot, tokens], COLUMNS), thin)
     tied = carried * fade + upright(here.keys) * drift
     mosaic.store_transposed(here.columns.at[:, own], tied)
@@ -160,9 +185,8 @@ def wide_block(share, here, slot, start, covariance):
         moved.at[piece, own][...] = part
     mosaic.commit_smem()
     mosaic.barrier_arrive(here.elimination_ready)
-    end = mosaic.load(here.ends.at[slot, tokens], COLUMNS)
-    left = pieces(whitened * along_columns(end * end, thin), COVARIANCE_PIECES)
-    kept = here.alphas[slot, start + BLOCK - 1] ** 2
+    left = pieces(whitened * along_columns(until(here, slot, start), thin), COVARIANCE_PIECES)
+    kept = through_all(here, slot, start)
     added = here.drifts[slot, start + BLOCK - 1]
     mosaic.barrier_wait(here.elimination_ready)
     after = []

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from layers.rules import Exact, Rule
+from layers.rules import Exact, Restored, Rule
 from layers.stream import Belief, Reading, Stream, by_token, one_by_one
 
 Backend = Literal["auto", "xla", "mosaic"]
+EXACT = Exact()
 
 WIDTH, CHUNK = 64, 64
 KEYS = 128
@@ -27,12 +28,13 @@ def refusal(
 ) -> str | None:
     """Why no kernel takes this filter: argument, value, what is needed; None where one does."""
     value, key = initial.mean.shape
-    arrays = [leaf for leaf in jax.tree.leaves((stream, initial)) if leaf.dtype != bool]
-    types = {str(leaf.dtype) for leaf in arrays} - {"float32", "bfloat16"}
+    dial = (rule.restoration, rule.variance) if isinstance(rule, Restored) else ()
+    arrays = [jnp.asarray(leaf) for leaf in jax.tree.leaves((stream, initial, dial))]
+    types = {str(leaf.dtype) for leaf in arrays} - {"float32", "bfloat16", "bool"}
     rates = {"log_decay": stream.log_decay, "drift": stream.drift}
     wide = [name for name, rate in rates.items() if rate is not None and rate.ndim > 1]
-    if rule != Exact():
-        return f"`rule` is {rule}, and kernels take Exact()"
+    if not isinstance(rule, Exact | Restored):
+        return f"`rule` is {rule}, and kernels take Exact() and Restored"
     if algorithm != "chunked":
         return f'`algorithm` is "{algorithm}", and kernels take "chunked"'
     if not (0 < key <= KEYS and (0 < value <= WIDTH or value % WIDTH == 0)):
@@ -80,6 +82,7 @@ def kernel_scan(
     stream: Stream,
     initial: Belief,
     prior_variance: Float[Array, ""] | float,
+    rule: Exact | Restored = EXACT,
     *,
     interpret: bool = False,
 ) -> tuple[Belief, Reading]:
@@ -89,6 +92,7 @@ def kernel_scan(
         stream: keys, values and queries that are all bfloat16 stay so; else all are float32.
         initial: belief before the first token.
         prior_variance: from which documents start.
+        rule: what is done to the covariance.
         interpret: whether kernels are simulated on a CPU.
     """
     from .exact import Filtered, Head, filter_head  # Mosaic is imported where it is used alone.
@@ -108,6 +112,11 @@ def kernel_scan(
         starts = stream.starts
         restart = jnp.exp(2 * log_decay) * jnp.asarray(prior_variance, f32) + drift
         added = jnp.where(starts, restart, drift)
+    kept = None
+    if isinstance(rule, Restored):
+        kept = jnp.asarray(rule.restoration, f32)
+        kept = jnp.broadcast_to(kept if kept.ndim == 0 else jnp.repeat(kept, count), (time,))
+        added = kept * added + (1 - kept) * jnp.asarray(rule.variance, f32)
 
     def padded(array, filler=0):
         padding = [(0, -time % CHUNK)] + [(0, -width % WIDTH) for width in array.shape[1:]]
@@ -129,6 +138,7 @@ def kernel_scan(
             padded(added),
             square(covariance),
             square(mean),
+            None if kept is None else padded(kept, 1),
         )
         return filter_head(head, len(mean), interpret)
 

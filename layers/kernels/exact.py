@@ -10,8 +10,9 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float
 
 from . import reverse, wide
-from .blocks import rates, ratios_within, sums
+from .blocks import kept_sums, kept_within, rates, ratios_within, sums
 from .forward import CHUNK, WIDTH, filter_blocks, split
+from .restored import of_kept as cotangent_of_kept
 
 
 class Head(NamedTuple):
@@ -27,6 +28,8 @@ class Head(NamedTuple):
         added: variance before the write: drift, or all of it where a document starts.
         covariance: P before the first token.
         mean: M before the first token.
+        kept: λ of a restoration, or None: what the prediction keeps of a² P, to which `added` is
+            added.
     """
 
     key: Float[Array, "time key"]
@@ -38,6 +41,7 @@ class Head(NamedTuple):
     added: Float[Array, " time"]
     covariance: Float[Array, "key key"]
     mean: Float[Array, "value key"]
+    kept: Float[Array, " time"] | None = None
 
 
 class Filtered(NamedTuple):
@@ -92,19 +96,19 @@ def _filter_head(head: Head, values: int, interpret: bool) -> Filtered:
 
 
 def _run(head: Head, values: int, interpret: bool, save: bool) -> tuple[Filtered, dict[str, Array]]:
-    def rows(key, value, query, noise, log_decay, starts, added, covariance, mean):
+    def rows(key, value, query, noise, log_decay, starts, added, covariance, mean, kept=None):
         return filter_blocks(
             key,
             value,
             query,
-            rates(noise, log_decay, starts, added),
+            rates(noise, log_decay, starts, added, kept),
             covariance,
             mean,
             save=save,
             interpret=interpret,
         )
 
-    found = over_rows(rows)(*head)
+    found = over_rows(rows)(*(part for part in head if part is not None))
     surprise = found["whitened"][:, head.key.shape[-1] :]
     scale = found["inverse_deviation"]
     log_scale = jnp.log(scale) - 0.5 * jnp.log(2 * jnp.pi)
@@ -125,8 +129,12 @@ def _backward(values: int, interpret: bool, residuals, of: Filtered):
     head, kept, last_covariance, last_mean = residuals
     total, document = sums(head.log_decay, head.starts, CHUNK)
     ratios = ratios_within(total, document)
-    added = head.added.reshape(-1, CHUNK)
-    drift = jnp.sum(ratios**2 * added[:, None], axis=-1)
+    added, squared = head.added.reshape(-1, CHUNK), ratios**2
+    faded = None
+    if head.kept is not None:
+        faded = kept_sums(head.kept, CHUNK)
+        squared = squared * kept_within(faded)
+    drift = jnp.sum(squared * added[:, None], axis=-1)
     alpha = jnp.where(document == 0, jnp.exp(total), 0)
     of_last_covariance = (of.last_covariance + of.last_covariance.T) / 2
     numbers = reverse.Numbers(
@@ -138,13 +146,14 @@ def _backward(values: int, interpret: bool, residuals, of: Filtered):
         of.variance,
         of.log_evidence,
         kept["inverse_deviation"],
+        None if faded is None else faded.reshape(-1),
     )
     found = over_rows(partial(_reverse_rows, values, interpret))(
         head.key,
         head.query,
         kept["whitened"],
         of.mean,
-        *numbers,
+        *(part for part in numbers if part is not None),
         kept["means"],
         kept["covariances"],
         of.last_mean,
@@ -156,12 +165,15 @@ def _backward(values: int, interpret: bool, residuals, of: Filtered):
 
     of_drift = found["drift"].reshape(-1, CHUNK)
     of_drift = of_drift.at[:, -1].add(at_ends(found["trace"], jnp.trace(of_last_covariance)))
-    of_added = jnp.sum(of_drift[:, :, None] * ratios**2, axis=1)
+    of_added = jnp.sum(of_drift[:, :, None] * squared, axis=1)
     at_last = jnp.sum(last_mean * of.last_mean)
     at_last = at_last + 2 * jnp.sum(last_covariance * of_last_covariance)
     moved = found["moved"].reshape(-1, CHUNK) - 2 * added * of_added
     since = jnp.flip(jnp.cumsum(jnp.flip(moved, -1), axis=-1), -1)
     of_log_decay = (since + at_ends(found["scale"], at_last)[:, None]).reshape(-1)
+    of_kept = None
+    if faded is not None:
+        of_kept = cotangent_of_kept(head, kept, found, numbers, ratios, of_added)
     return (
         Head(
             found["key"],
@@ -173,6 +185,7 @@ def _backward(values: int, interpret: bool, residuals, of: Filtered):
             of_added.reshape(-1),
             found["first_covariance"],
             found["first_mean"],
+            of_kept,
         ),
     )
 

@@ -56,7 +56,7 @@ from .covariance import (
     tiles_of,
     wide_block,
 )
-from .mosaic import BLOCK, COLUMNS, ROWS, along_columns, pairs, pieces
+from .mosaic import BLOCK, COLUMNS, ROWS, along_columns, along_rows, pairs, pieces
 
 MEAN_PIECES, SAVED_PIECES = 2, 2
 QUERY_PIECES = 2
@@ -138,6 +138,10 @@ def filter_blocks(
     scratch = {name: place for name, (_, place) in tokens.items()} | {
         **dict.fromkeys(("noises", "alphas", "drifts", "ends", "decays"), numbers),
         "ratios": shared((slots, CHUNK, BLOCK), f32),
+    }
+    if rates.kept is not None:
+        scratch |= {"kept": numbers, "faded": numbers}
+    scratch |= {
         "outputs": shared((CHUNK, WIDTH), f32),
         "read": shared((CHUNK, width + 4), f32),
         "variances": shared((CHUNK,), f32),
@@ -149,8 +153,9 @@ def filter_blocks(
         "moved": pieced(COVARIANCE_PIECES, width),
         "explained": pieced(MEAN_PIECES, CHUNK),
     }
-    sources = *(array for array, _ in tokens.values()), *rates
-    copies = sum(x.shape[1] if x.ndim == 4 else 1 for x in sources[: len(tokens)]) + len(rates)
+    given = rates.given()
+    sources = *(array for array, _ in tokens.values()), *given
+    copies = sum(x.shape[1] if x.ndim == 4 else 1 for x in sources[: len(tokens)]) + len(given)
     scratch |= {
         "full": mosaic.barrier(num_arrivals=copies, num_barriers=slots),
         "free": mosaic.barrier(num_arrivals=shares, num_barriers=slots),
@@ -188,7 +193,8 @@ def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
     inputs, (covariance_in, mean_in) = refs[:sources], refs[sources : sources + 2]
     out, places = refs[sources + 2 :][: len(names)], refs[sources + 2 + len(names) :]
     out = dict(zip(names, out, strict=True))
-    here = SimpleNamespace(**dict(zip(scratch, places, strict=True)), interpret=interpret)
+    named = {"kept": None, "faded": None} | dict(zip(scratch, places, strict=True))
+    here = SimpleNamespace(**named, interpret=interpret)
     row, warpgroup = lax.axis_index("row"), lax.axis_index("wg")
     width = here.keys.shape[-1]
     shares = width // WIDTH
@@ -280,6 +286,13 @@ def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
         token = mosaic.index((CHUNK,), 0, ROWS)
         values_of = pl.ds(width, WIDTH)
 
+        def lasting(slot, tokens):
+            """What restoration keeps of each of the block's tokens until the chunk's."""
+            shape = CHUNK, BLOCK
+            faded = along_rows(load(here.faded.at[slot], ROWS), shape)
+            before = along_columns(load(here.faded.at[slot, tokens], COLUMNS), shape)
+            return jnp.exp(jnp.minimum(faded - before, 0))
+
         def chunk(c, mean):
             slot = lax.rem(c, slots)
             mosaic.barrier_wait(here.full.at[slot])
@@ -321,7 +334,10 @@ def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
                 queries = pieces_of(here.queries, slot + only)
                 seen = multiply((CHUNK, BLOCK), pairs(queries, own, 3))
                 seen = seen * load(here.ratios.at[slot])
-                own_squares = jnp.sum(seen * seen, axis=1)
+                squared = seen * seen
+                if here.faded is not None:
+                    squared = squared * lasting(slot, tokens)
+                own_squares = jnp.sum(squared, axis=1)
                 within = jnp.logical_and(token >= start, token < start + BLOCK)
                 squares = jnp.where(within, own_squares, squares)
                 for piece, part in enumerate(pieces(seen, MEAN_PIECES)):
@@ -345,7 +361,10 @@ def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
                 query = load(here.queries_plain.at[slot]).astype(jnp.float32)
                 alpha = load(here.alphas.at[slot], ROWS)
                 drifted = load(here.drifts.at[slot], ROWS) * jnp.sum(query * query, axis=1)
-                entered = alpha * alpha * entered + drifted
+                fade = alpha * alpha
+                if here.faded is not None:
+                    fade = fade * jnp.exp(load(here.faded.at[slot], ROWS))
+                entered = fade * entered + drifted
             here.variances[...] = jnp.maximum(entered - squares, 0)
             mosaic.commit_smem()
             tokens = pl.ds(c * CHUNK, CHUNK)

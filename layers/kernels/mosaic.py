@@ -297,7 +297,16 @@ def _invert_blocks_by_threads(ctx, factor, scale):
 
 
 def eliminate(
-    joint, noise, decay, columns, whitened, inverse_deviation, keys: int, interpret: bool
+    joint,
+    noise,
+    decay,
+    columns,
+    whitened,
+    inverse_deviation,
+    *,
+    keys: int,
+    kept: Any = None,
+    interpret: bool,
 ):
     r"""Whiten a block of 16 tokens, each thread its own column.
 
@@ -308,23 +317,36 @@ def eliminate(
     for columns of keys, which decay, and the same with a = 1 for the 64 of values that follow.
     Warpgroup g whitens keys 64 g to 64 g + 63, the first one values too.
 
+    Where a restoration keeps λ of the covariance, and memory decays less than its deviation does,
+    `joint` and L are in the memory's decay, joint_ts = ρ_ts k_t·e_s, so that no ratio is above 1:
+
+    $$ L_{ts} L_{ss} = \mathrm{joint}_{ts} - \sum_{r<s} L_{tr} L_{sr}\, \lambda_{r+1}\cdots\lambda_s $$
+
+    and keys' columns decay by λ a.
+
     Args:
         joint: (16, 16) in shared memory.
         noise: (16,).
-        decay: a, (16,).
+        decay: a, or λ a, (16,).
         columns: e, (16, keys + 64).
         whitened: where u is left.
         inverse_deviation: (16,), where 1/L_tt is left.
         keys: how many columns decay, 64 a warpgroup.
+        kept: λ, (16,); None for 1.
         interpret: whether the kernel is interpreted, which knows no shuffles.
     """
     form: Any = partial(_eliminate_plainly if interpret else _eliminate_by_shuffles, keys)
+    places = joint, noise, decay, columns, whitened, inverse_deviation
+    if kept is not None:
+        places = *places, kept
     if not interpret:
-        form = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 6)(form)
-    form(joint, noise, decay, columns, whitened, inverse_deviation)
+        form = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(places))(form)
+    form(*places)
 
 
-def _eliminate_plainly(keys, joint, noise, decay, columns, whitened, inverse_deviation):
+def _eliminate_plainly(
+    keys, joint, noise, decay, columns, whitened, inverse_deviation, restored=None
+):
     warpgroup = lax.axis_index("wg")
     entry = [[joint[m, n] for n in range(m + 1)] for m in range(BLOCK)]
     thread = index((WARPGROUP,), 0, _THREADS)
@@ -343,15 +365,19 @@ def _eliminate_plainly(keys, joint, noise, decay, columns, whitened, inverse_dev
 
         inverse_deviation[t] = scale
         factor = {m: entry[m][t] * scale for m in range(t + 1, BLOCK)}
-        faded = column[t]
+        faded, lasting, share = column[t], {}, jnp.float32(1)
         for m in range(t + 1, BLOCK):
+            share = share if restored is None else share * restored[m]
+            lasting[m] = factor[m] * share
             faded = faded * kept[m]
             column[m] = column[m] - factor[m] * faded
             for n in range(t + 1, m + 1):
-                entry[m][n] = entry[m][n] - factor[m] * factor[n]
+                entry[m][n] = entry[m][n] - factor[m] * lasting[n]
 
 
-def _eliminate_by_shuffles(keys, ctx, joint, noise, decay, columns, whitened, inverse_deviation):
+def _eliminate_by_shuffles(
+    keys, ctx, joint, noise, decay, columns, whitened, inverse_deviation, restored=None
+):
     # Row m of G lies in the registers of lane m % 16 of every warp, and warp shuffles broadcast
     # its entries; two pivots share the latency of a reciprocal root.
     del ctx
@@ -404,6 +430,7 @@ def _eliminate_by_shuffles(keys, ctx, joint, noise, decay, columns, whitened, in
         arith.select(fading, memref.load(decay, [at(j)]), one) if j else one for j in range(BLOCK)
     ]
     column = [memref.load(columns, [at(j), place]) for j in range(BLOCK)]
+    shares = [] if restored is None else [memref.load(restored, [at(j)]) for j in range(BLOCK)]
 
     def leave(j, scale):
         with contextlib.nullcontext() if owned is None else mosaic_utils.when(owned):
@@ -417,11 +444,12 @@ def _eliminate_by_shuffles(keys, ctx, joint, noise, decay, columns, whitened, in
         rest = range(j + 2, BLOCK)
         below = {m: from_lane(entry[j], m) for m in rest}
         below_second = {m: from_lane(entry[j + 1], m) for m in rest}
-        determinant = times_plus(arith.negf(between), between, times(first, second))
+        lasting = times(between, shares[j + 1]) if shares else between
+        determinant = times_plus(arith.negf(between), lasting, times(first, second))
         scale = reciprocal_root(first)
         scale_second = times(reciprocal_root(times(determinant, first)), first)
         factor = times(between, scale)
-        minus_square = arith.negf(times(factor, scale))
+        minus_square = arith.negf(times(times(lasting, scale), scale))
         column[j] = times(column[j], scale)
         leave(j, scale)
         faded = times(column[j], kept[j + 1])
@@ -435,10 +463,14 @@ def _eliminate_by_shuffles(keys, ctx, joint, noise, decay, columns, whitened, in
         )
         faded = arith.negf(faded)
         faded_second = arith.negf(column[j + 1])
+        share, share_second = (shares[j + 1], one) if shares else (one, one)
         for m in rest:
             faded, faded_second = times(faded, kept[m]), times(faded_second, kept[m])
             row = times(below[m], scale)
             row_second = times(times_plus(below[m], minus_square, below_second[m]), scale_second)
             column[m] = times_plus(faded_second, row_second, times_plus(faded, row, column[m]))
+            if shares:
+                share, share_second = times(share, shares[m]), times(share_second, shares[m])
+                row, row_second = times(row, share), times(row_second, share_second)
             entry[m] = times_plus(own_second, row_second, times_plus(own, row, entry[m]))
     mosaic_utils.warpgroup_barrier()

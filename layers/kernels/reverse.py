@@ -53,7 +53,7 @@ are compared with the filter token by token in tests/test_kernels.py.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,16 +84,22 @@ class Numbers(NamedTuple):
     of_variance: Array
     of_evidence: Array
     inverse_deviation: Array
+    faded: Array | None = None  # log λ of a restoration, summed since the chunk's start
 
     def by_chunk(self) -> Float[Array, "row chunk number token"]:
-        stacked = jnp.stack(self, axis=1)
+        stacked = jnp.stack([part for part in self if part is not None], axis=1)
         cut = stacked.reshape(*stacked.shape[:2], -1, CHUNK)
         return jnp.swapaxes(cut, 1, 2)
 
 
 def numbers_of(ref) -> Numbers:
     """References to each of a chunk's numbers."""
-    return Numbers(*(ref.at[index] for index in range(len(Numbers._fields))))
+    return Numbers(*(ref.at[index] for index in range(ref.shape[0])))
+
+
+def restores(numbers: Float[Array, "row chunk number token"]) -> bool:
+    """Whether covariances are restored, from how many numbers a token has."""
+    return numbers.shape[2] == len(Numbers._fields)
 
 
 def local(
@@ -147,7 +153,7 @@ def local(
             given,
             mosaic.SMEM((2, *numbers.shape[2:]), jnp.float32),
             moved,
-            *[operand] * (5 if wide else 4),
+            *[operand] * ((5 if wide else 4) + restores(numbers)),
             mosaic.SMEM((CHUNK, WIDTH + 4), jnp.float32),
             mosaic.barrier(num_arrivals=1 + 2 * depth, num_barriers=2),
             mosaic.barrier(num_arrivals=SHARES),
@@ -195,6 +201,25 @@ class Share:
 
     def halved(self, square):
         return self.lower(jnp.where(self.i == self.j, square * 0.5, square))
+
+    def halved_above(self, square):
+        halved = jnp.where(self.i == self.j, square * 0.5, square)
+        return jnp.where(self.i <= self.j, halved, jnp.zeros_like(square))
+
+    def lasting(self, numbers):
+        """What restoration keeps of the covariance between two tokens, the later in a row."""
+        between = self.along(numbers.faded) - self.across(numbers.faded)
+        return jnp.exp(jnp.minimum(between, 0))
+
+    def since(self, numbers):
+        """Decay of the covariance since the chunk's start."""
+        fade = self.along(numbers.alpha)
+        fade = fade * fade
+        return fade if numbers.faded is None else fade * jnp.exp(self.along(numbers.faded))
+
+    def until(self, numbers):
+        """What restoration keeps of the covariance from each token to the chunk's end."""
+        return jnp.exp(numbers.faded[CHUNK - 1] - self.along(numbers.faded))
 
     def load(self, ref):
         return mosaic.load(ref.at[:, self.columns]).astype(jnp.float32)
@@ -316,6 +341,8 @@ def _local(
         place = slot if early else only
         places = [keys_in.at[place], queries_in.at[place], *(ref.at[only] for ref in operands)]
         keys, queries, moved, spare, given, reads, inverses, *others = map(Pieces, places)
+        # L⁻¹ with λ besides, where covariances are restored.
+        lasting = inverses if numbers.faded is None else others.pop()
         # Where values are fewer than keys, what has a column a key has its own place.
         lowered, faded, weights = (*others, moved, moved) if wide else (moved, reads, given)
         broad.put(moved.ref, uncovered)
@@ -330,29 +357,44 @@ def _local(
         if not early:
             fetch_next()
         of_surprise = here.times((reads.T, given)) - here.along(numbers.of_evidence) * surprise
+        if numbers.faded is not None:
+            read = read * here.lasting(numbers)
         of_read = here.times((given, spare.T)) - 2 * here.along(numbers.of_variance) * read
         mosaic.meet(met, interpret)
         here.put(given.ref, of_surprise)
         here.put(lowered.ref, here.lower(of_read))
         mosaic.meet(met, interpret)
-        inner = here.times((given, spare.T), (lowered.T, reads))
+        if numbers.faded is None:
+            inner = here.halved(here.times((given, spare.T), (lowered.T, reads)))
+        else:
+            inner = here.halved(here.times((given, spare.T)))
+            inner = inner + here.halved_above(here.times((reads.T, lowered)))
         evidence = here.diagonal(here.along(numbers.of_evidence))
-        inner = here.halved(inner) + evidence * (values / 2)
+        inner = inner + evidence * (values / 2)
         mosaic.meet(met, interpret)
         inverse = _invert(
             factor, numbers.inverse_deviation, here, blocks, reads, inverses, spare, met
         )
         here.put(inverses.ref, inverse)
+        if numbers.faded is not None:
+            here.put(lasting.ref, inverse * here.lasting(numbers))
         here.put(reads.ref, inner)
         mosaic.meet(met, interpret)
         uncovered, surprise = covariances(), surprises()
-        here.put(spare.ref, here.times((inverses.T, reads), (inverses.T, reads.T)))
+        if numbers.faded is None:
+            here.put(spare.ref, here.times((inverses.T, reads), (inverses.T, reads.T)))
+        else:
+            here.put(spare.ref, here.times((inverses.T, reads)))
         mosaic.meet(met, interpret)
         broad.put(faded.ref, broad.along(numbers.end) * uncovered)
         # Ḡ is minus half the product, and its lower triangle off the diagonal counts twice.
         ratios = here.ratios(numbers)
-        leave(of_joint_out, -here.halved(here.times((spare, inverses))) * ratios)
-        of_read = here.times((lowered, inverses)) * ratios
+        of_joint = here.times((spare, lasting))
+        if numbers.faded is not None:
+            crossed = here.times((lasting.T, spare.T))
+            of_joint = of_joint + here.lasting(numbers) * crossed
+        leave(of_joint_out, -here.halved(of_joint) * ratios)
+        of_read = here.times((lowered, lasting)) * ratios
         leave(of_value_out, here.times((inverses.T, given)))
         mosaic.meet(met, interpret)
         here.put(spare.ref, surprise)
@@ -363,7 +405,7 @@ def _local(
         mosaic.meet(met, interpret)
         if wide:
             broad.put(weights.ref, weight)
-        here.put(reads.ref, here.times((inverses.T, spare)))
+        here.put(reads.ref, here.times((lasting.T, spare)))
         mosaic.meet(met, interpret)
 
         @pl.when(here.first == 0)
@@ -438,7 +480,8 @@ def recur(
         Cotangents of `key`, `value` and `query` (row, time, 64), of `noise`, and of c within its
         chunk (`drift`); `moved`, k·k̄ + x·x̄ of every token; at every chunk's start, (row, chunk,
         64), `trace`, the diagonal of P̄, and `scale`, which sums to ⟨M, M̄⟩ + 2⟨P, P̄⟩; M̄ and P̄ before
-        the first token, `first_mean` and `first_covariance`.
+        the first token, `first_mean` and `first_covariance`. Where covariances are restored also
+        what λ's cotangent is found from (`kernels.restored`).
     """
     rows, depth, time, _ = key.shape
     chunks = time // CHUNK
@@ -449,6 +492,8 @@ def recur(
         **dict.fromkeys(("trace", "scale"), ((rows, SHARES, chunks, WIDTH), f32)),
         **dict.fromkeys(("first_mean", "first_covariance"), ((rows, WIDTH, WIDTH), f32)),
     }
+    if restores(numbers):
+        out |= asked_of_kept(rows, time, WIDTH)
     form = mosaic.operands_of(WIDTH // SHARES)
     operand = mosaic.SMEM((1, PIECES, *SQUARE), jnp.bfloat16, transforms=form)
     given = mosaic.SMEM((1, depth, *SQUARE), jnp.bfloat16, transforms=form)
@@ -480,9 +525,24 @@ def recur(
         of_last_mean,
         of_last_covariance,
     )
-    named = dict(zip(out, got, strict=True))
-    halves = ("noise", "drift", "moved", "trace", "scale")
-    return named | {name: named[name].sum(axis=1) for name in halves}
+    return joined(dict(zip(out, got, strict=True)))
+
+
+def asked_of_kept(rows: int, time: int, width: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """What is left of a restored covariance for λ's cotangent: `tied`, Ē; `ends`, P̄' of every
+    chunk; `entered`, ē·P k + v̄ x·P x of every token with the chunk's P."""
+    f32 = jnp.float32
+    return {
+        "tied": ((rows, time, width), f32),
+        "ends": ((rows, time // CHUNK, width, width), f32),
+        "entered": ((rows, SHARES, time), f32),
+    }
+
+
+def joined(found: dict[str, Array]) -> dict[str, Array]:
+    """Sums of which each warpgroup has left its own share."""
+    shared = {"noise", "drift", "moved", "trace", "scale", "entered"} & found.keys()
+    return found | {name: found[name].sum(axis=1) for name in shared}
 
 
 def _recur(*refs, names, chunks, interpret):
@@ -535,7 +595,11 @@ def _recur(*refs, names, chunks, interpret):
 
         mosaic.barrier_wait(numbered.at[slot])
         fade, added = here.along(numbers.alpha), here.along(numbers.drift)
-        kept = vectors[slot, 2, CHUNK - 1]
+        since, kept = here.since(numbers), numbers.alpha[CHUNK - 1]
+        through = kept * kept
+        if numbers.faded is not None:
+            out["ends"].at[row, c, :, here.columns][...] = of_covariance_end
+            through = through * jnp.exp(numbers.faded[CHUNK - 1])
         only = opaque_zero(vectors, slot)
         places = [Pieces(ref.at[only]) for ref in buffers]
         keys, queries, weights, spreads, reads, mean, covariance, *places = places
@@ -552,32 +616,43 @@ def _recur(*refs, names, chunks, interpret):
         mosaic.meet(met, interpret)
         guided = here.times((spreads, of_means))
         spread = here.times((weights, of_covariances))
+        if numbers.faded is not None:
+            spread = spread * here.until(numbers)
         of_value = of_value + here.times((weights, of_means.T))
         leave("value", of_value)
         here.put(squares.ref, guided - spread)
         here.put(of_values.ref, -fade * of_value)
         of_tied = here.along(numbers.end) * (guided - 2 * spread)
         mosaic.meet(met, interpret)
-        between = here.times((squares, weights.T), (weights, squares.T))
+        if numbers.faded is None:
+            between = here.times((squares, weights.T), (weights, squares.T))
+        else:
+            between = here.lasting(numbers) * here.times((squares, weights.T))
+            between = between + here.times((weights, squares.T))
         joint = of_joint - here.halved(between) * here.ratios(numbers)
         leave_sum("noise", here.diagonal(joint))
         here.put(joints.ref, joint)
         mosaic.barrier_wait(arrived)
         plain_key, plain_query = here.plain(keys.ref), here.plain(queries.ref)
-        tied = fade * fade * here.times((keys, covariance)) + added * plain_key
+        carried = here.times((keys, covariance))
+        tied = since * carried + added * plain_key
         mosaic.meet(met, interpret)
         here.put(weights.ref, tied)
         of_tied = of_tied + here.times((joints.T, keys), (reads.T, queries))
         of_read_variance = here.along(numbers.of_variance)
         leave_sum("drift", plain_key * of_tied + of_read_variance * plain_query * plain_query)
-        here.put(spreads.ref, fade * fade * of_tied)
-        here.put(squares.ref, fade * fade * of_read_variance * plain_query)
-        unread = fade * fade * here.times((queries, covariance)) + added * plain_query
+        here.put(spreads.ref, since * of_tied)
+        here.put(squares.ref, since * of_read_variance * plain_query)
+        seen = here.times((queries, covariance))
+        if numbers.faded is not None:
+            leave("tied", of_tied)
+            leave_sum("entered", carried * of_tied + of_read_variance * seen * plain_query)
+        unread = since * seen + added * plain_query
         mosaic.meet(met, interpret)
         of_mean_start = kept * of_mean_end + here.times((of_values.T, keys), (given.T, queries))
         crossed = here.times((keys.T, spreads), (spreads.T, keys))
         squared = here.times((queries.T, squares))
-        of_covariance_start = kept * kept * of_covariance_end + 0.5 * crossed + squared
+        of_covariance_start = through * of_covariance_end + 0.5 * crossed + squared
         of_key = added * of_tied + here.times(
             (joints, weights), (spreads, covariance), (of_values, mean)
         )

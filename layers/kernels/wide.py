@@ -27,9 +27,18 @@ from jaxtyping import Array, Float
 
 from . import mosaic
 from .forward import CHUNK, WIDTH
-from .reverse import PIECES, SHARES, SQUARE, Pieces, Share, numbers_of, opaque_zero
-
-_SUMS = ("noise", "drift", "moved", "trace", "scale")
+from .reverse import (
+    PIECES,
+    SHARES,
+    SQUARE,
+    Pieces,
+    Share,
+    asked_of_kept,
+    joined,
+    numbers_of,
+    opaque_zero,
+    restores,
+)
 
 
 def recur(
@@ -59,6 +68,8 @@ def recur(
         "first_mean": ((rows, WIDTH, width), f32),
         "first_covariance": ((rows, width, width), f32),
     }
+    if restores(numbers):
+        out |= asked_of_kept(rows, time, width)
     form = mosaic.operands_of(WIDTH // SHARES)
 
     def operand(depth, *shape):
@@ -90,8 +101,7 @@ def recur(
         reduction_bytes=0,
     )
     states = means, covariances, of_last_mean, of_last_covariance
-    named = dict(zip(out, run(key, query, of_mean, numbers, *found, *states), strict=True))
-    return named | {name: named[name].sum(axis=1) for name in _SUMS}
+    return joined(dict(zip(out, run(key, query, of_mean, numbers, *found, *states), strict=True)))
 
 
 def _recur(*refs, names, places, chunks, interpret):
@@ -154,6 +164,10 @@ def _recur(*refs, names, places, chunks, interpret):
         mosaic.barrier_wait(place["handed"])
         numbers = numbers_of(place["vectors"].at[0])
         kept = numbers.alpha[CHUNK - 1]
+        through = kept * kept
+        if numbers.faded is not None:
+            out["ends"].at[row, c, :, broad.columns][...] = of_covariance_end
+            through = through * jnp.exp(numbers.faded[CHUNK - 1])
         # Indices too: what is known of diagonals would be kept from before the loop.
         anew = partial(Share, share + opaque_zero(place["vectors"], 0), interpret=interpret)
         small, square = anew(WIDTH // SHARES), anew(width // SHARES, rows=width)
@@ -163,6 +177,8 @@ def _recur(*refs, names, places, chunks, interpret):
         here = next_phase()
         guided = broad.times((here.small, here.states))
         spread = broad.times((here.weights, here.squares))
+        if numbers.faded is not None:
+            spread = spread * broad.until(numbers)
         of_value = small.load(of_value_in.at[row, c]) + small.times((here.weights, here.states.T))
         leave("value", of_value, small)
         of_tied = broad.along(numbers.end) * (guided - 2 * spread)
@@ -174,7 +190,11 @@ def _recur(*refs, names, places, chunks, interpret):
 
         broad.put(here.upper.ref, guided - spread)
         here = next_phase()
-        between = small.times((here.upper, here.weights.T), (here.weights, here.upper.T))
+        if numbers.faded is None:
+            between = small.times((here.upper, here.weights.T), (here.weights, here.upper.T))
+        else:
+            between = small.lasting(numbers) * small.times((here.upper, here.weights.T))
+            between = between + small.times((here.weights, here.upper.T))
         joint = small.load(of_joint_in.at[row, c]) - small.halved(between) * small.ratios(numbers)
         leave_sum("noise", small.diagonal(joint))
         small.put(here.small.ref, joint)
@@ -186,22 +206,26 @@ def _recur(*refs, names, places, chunks, interpret):
 
         mosaic.barrier_wait(place["arrived"])
         of_tied = of_tied + broad.times((here.small.T, here.keys), (here.reads.T, here.queries))
-        fade, added = broad.along(numbers.alpha), broad.along(numbers.drift)
+        since, added = broad.since(numbers), broad.along(numbers.drift)
         of_variance = broad.along(numbers.of_variance)
         plain_query = broad.plain(here.queries.ref)
         asked = broad.plain(here.keys.ref) * of_tied + of_variance * plain_query * plain_query
         leave_sum("drift", asked)
-        broad.put(here.weights.ref, 0.5 * fade * fade * of_tied)
+        broad.put(here.weights.ref, 0.5 * since * of_tied)
         mosaic.barrier_wait(place["covariance_there"])
         here = next_phase()
         of_key = added * of_tied + 2 * broad.times((here.weights, here.squares))
-        tied = fade * fade * broad.times((here.keys, here.squares))
-        tied = tied + added * broad.plain(here.keys.ref)
-        unread = fade * fade * broad.times((here.queries, here.squares))
-        of_query = 2 * of_variance * (unread + added * broad.plain(here.queries.ref))
+        carried = broad.times((here.keys, here.squares))
+        tied = since * carried + added * broad.plain(here.keys.ref)
+        seen = broad.times((here.queries, here.squares))
+        plain_query = broad.plain(here.queries.ref)
+        if numbers.faded is not None:
+            leave("tied", of_tied, broad)
+            leave_sum("entered", carried * of_tied + of_variance * seen * plain_query)
+        of_query = 2 * of_variance * (since * seen + added * plain_query)
         here = next_phase()
         broad.put(here.upper.ref, tied)
-        broad.put(here.lower.ref, fade * fade * of_variance * broad.plain(here.queries.ref))
+        broad.put(here.lower.ref, since * of_variance * broad.plain(here.queries.ref))
         here = next_phase()
         of_key = of_key + broad.times((here.small, here.upper))
         of_query = of_query + broad.times((here.reads, here.upper))
@@ -223,7 +247,7 @@ def _recur(*refs, names, places, chunks, interpret):
         leave_sum("scale", scale, c, pl.ds(width, WIDTH))
         crossed = (here.keys.T, here.weights), (here.weights.T, here.keys)
         of_covariance_start = square.times(*crossed, (here.queries.T, here.lower))
-        of_covariance_start = kept * kept * of_covariance_end + of_covariance_start
+        of_covariance_start = through * of_covariance_end + of_covariance_start
         scale = 2 * square.plain(covariances.at[row, c]) * of_covariance_start
         leave_sum("scale", scale, c, pl.ds(0, width))
         leave_sum("trace", square.diagonal(of_covariance_start), c)
