@@ -87,12 +87,8 @@ def filter_scan(
             f"`rule` is {rule}, which takes one observation a token; this stream has {count}."
         )
     if isinstance(rule, Restored):
-        restoration, variance = (
-            jnp.asarray(part, state) for part in (rule.restoration, rule.variance)
-        )
-        if restoration.ndim == 1:
-            restoration = jnp.repeat(restoration, count)
-        rule = Restored(restoration, variance)
+        parts = (jnp.asarray(part, state) for part in (rule.restoration, rule.variance))
+        rule = Restored(*(jnp.repeat(part, count) if part.ndim else part for part in parts))
     stream, start, prior = (cast(tree, state) for tree in (one_by_one(stream), start, prior))
     if algorithm == "token" or stream.length == 0:
         last, reading = token_scan(stream, start, prior, rule)
@@ -182,7 +178,8 @@ def _exact_gains(stream: Stream, initial: Belief, prior: Belief, rule, algorithm
         # λ = 0 is reached to rounding: √λ has no derivative there, what depends on it has.
         tiny = jnp.finfo(stream.key.dtype).eps
         kept = tiny + (1 - tiny) * jnp.broadcast_to(rule.restoration, (stream.length,))[:, None]
-        drift = (0 if drift is None else kept * drift) + (1 - kept) * rule.variance
+        variance = jnp.broadcast_to(rule.variance, (stream.length,))[:, None]
+        drift = (0 if drift is None else kept * drift) + (1 - kept) * variance
         log_decay = (0 if log_decay is None else log_decay) + jnp.log(kept) / 2
     restart = None
     if stream.starts is not None:
