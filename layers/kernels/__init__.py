@@ -2,8 +2,8 @@
 
 `forward` filters, with `covariance` for the warpgroups that hold P; `reverse` finds the gradient,
 its recursion in `wide` where keys are 128; `exact` joins them for one head, `blocks` prepares what
-both need of decays, `mosaic` holds every name of Mosaic's, and `dispatch` decides what runs. `delta_rule` runs means of
-the reset filter as another library's kernels.
+both need of decays, `mosaic` holds every name of Mosaic's, and `dispatch` decides what runs.
+`delta_rule` runs means of the reset filter as another library's kernels.
 
 **Range.** Read-outs are within 1e-4, gradients within 1e-3 of the filter in float64 of the same
 inputs, relative by norm, as tests/test_kernels.py says case by case: any decay; noise down to 1e-4

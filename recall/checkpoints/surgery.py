@@ -62,7 +62,8 @@ def with_restoration(
 ) -> LanguageModel:
     r"""Let chosen heads keep their covariance, by a restoration λ that training moves.
 
-    $$ P^- = \lambda\,(a P a + q) + (1 - \lambda)\,\sigma^2 I,\quad r = \sigma^2 (1/\beta - |k|^2) $$
+    $$ P^- = \lambda\,(a P a + q) + (1 - \lambda)\,\sigma^2 I,\quad
+       r = \sigma^2 (1/\beta - |k|^2) $$
 
     Each gets a λ, a drift q, softplus of a projection that begins as 0 plus `DRIFT_BIAS`, and a
     σ², which begins as 1, the variance that documents start from. All other weights stay as they
@@ -70,7 +71,7 @@ def with_restoration(
     max(σ², 1) / `LARGEST_RATIO`.
 
     All heads of a chosen layer are computed with covariances, also those not chosen. Where all are
-    restored for good, at λ = 1, no λ is left in the layer, and it runs as kernels where these apply.
+    restored for good, at λ = 1, no λ is left in the layer, and kernels run it where they apply.
 
     Args:
         model: as `recall.checkpoints.folder.read_checkpoint` returns it.

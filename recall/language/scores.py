@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import equinox as eqx
@@ -34,6 +35,7 @@ class Loss(NamedTuple):
 Scorer = Callable[[LanguageModel, Rows], np.ndarray]
 
 
+@cache
 def prose_scorer(end: int, mesh: Mesh, compute: Compute) -> Scorer:
     """Mean loss of each row's tokens."""
 
@@ -45,6 +47,7 @@ def prose_scorer(end: int, mesh: Mesh, compute: Compute) -> Scorer:
     return _by_row(of_rows, mesh)
 
 
+@cache
 def retrieval_scorer(end: int, mesh: Mesh, compute: Compute) -> Scorer:
     """Share of each row's answers whose every token is the likeliest after what comes before it.
 
@@ -70,9 +73,7 @@ def retrieval_scorer(end: int, mesh: Mesh, compute: Compute) -> Scorer:
     return _by_row(of_rows, mesh)
 
 
-def rightly(
-    model: LanguageModel, hidden: Float[Array, "row time d_model"], batch: Packed
-) -> Array:
+def rightly(model: LanguageModel, hidden: Float[Array, "row time d_model"], batch: Packed) -> Array:
     """Whether each target is the likeliest token."""
     head = head_of(model)
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from layers import LanguageModel
@@ -111,9 +111,11 @@ def make_step(
     """
     transform = _transform()
     static = eqx.filter(like, eqx.is_array, inverse=True)
-    rates, decays = _rates(like.model, descent)
+    dialled, decays = _dialled(like.model, descent.weight_decay)
     all_rows, everywhere = PartitionSpec("data"), PartitionSpec()
+    here, shared_rows = NamedSharding(mesh, everywhere), NamedSharding(mesh, all_rows)
     frozen_arrays, frozen_static = eqx.partition(frozen, eqx.is_array)
+    frozen_arrays = jax.device_put(frozen_arrays, here)
 
     def of_rows(arrays, frozen_arrays, rows):
         model = eqx.combine(arrays, static).model
@@ -134,8 +136,8 @@ def make_step(
         check_vma=False,
     )
 
-    @partial(jax.jit, donate_argnums=0)
-    def step(arrays, frozen_arrays, rows, scale):
+    @partial(jax.jit, donate_argnums=0, out_shardings=here)
+    def step(arrays, frozen_arrays, rows, rates):
         goal, slopes = shared(arrays, frozen_arrays, rows)
         training = eqx.combine(arrays, static)
         weight = jnp.maximum(goal.weight, 1e-9)
@@ -143,10 +145,10 @@ def make_step(
         parameters = eqx.filter(training.model, eqx.is_inexact_array)
         moves, optimiser = transform.update(slopes, training.optimiser, parameters)
         moves = jax.tree.map(
-            lambda move, own, rate, decay: -scale * rate * (move + decay * own),
+            lambda move, own, dial, decay: -rates[int(dial)] * (move + decay * own),
             moves,
             parameters,
-            rates,
+            dialled,
             decays,
         )
         after = Training(eqx.apply_updates(training.model, moves), optimiser)
@@ -154,30 +156,37 @@ def make_step(
         return eqx.filter(after, eqx.is_array), {"loss": goal.total / weight, **told}
 
     def take(training: Training, rows: Rows, number: int) -> tuple[Training, dict[str, Array]]:
-        arrays = eqx.filter(training, eqx.is_array)
-        scale = np.float32(descent.scale(number))
-        arrays, told = step(arrays, frozen_arrays, rows, scale)
+        # Where arrays lie is settled before the first step: the second is then no other program.
+        arrays = jax.device_put(eqx.filter(training, eqx.is_array), here)
+        rates = np.float32([descent.rate, descent.dial_rate]) * np.float32(descent.scale(number))
+        arrays, told = step(
+            arrays,
+            frozen_arrays,
+            jax.device_put(rows, shared_rows),
+            jax.device_put(rates, here),
+        )
         return eqx.combine(arrays, static), told
 
     return take
 
 
-def _rates(model: LanguageModel, descent: Descent) -> tuple[Any, Any]:
-    """Each parameter's rate, and its weight decay."""
+def _dialled(model: LanguageModel, weight_decay: float) -> tuple[Any, Any]:
+    """Whether each parameter is a dial, and its weight decay."""
     parameters = eqx.filter(model, eqx.is_inexact_array)
-    rates = jax.tree.map(lambda _: descent.rate, parameters)
-    decays = jax.tree.map(lambda leaf: descent.weight_decay if leaf.ndim > 1 else 0.0, parameters)
+    dialled = jax.tree.map(lambda _: False, parameters)
+    decays = jax.tree.map(lambda leaf: weight_decay if leaf.ndim > 1 else 0.0, parameters)
     for number, block in enumerate(model.blocks):
         if restoration_of(block.mixer) is None:
             continue
-        for tree, value in ((rates, descent.dial_rate), (decays, 0.0)):
-            mixer = with_dials(tree.blocks[number].mixer, dict.fromkeys(dials(block.mixer), value))
-            changed = eqx.tree_at(lambda model, at=number: model.blocks[at].mixer, tree, mixer)
-            if tree is rates:
-                rates = changed
-            else:
-                decays = changed
-    return rates, decays
+        dialled, decays = (
+            eqx.tree_at(
+                lambda model, at=number: model.blocks[at].mixer,
+                tree,
+                with_dials(tree.blocks[number].mixer, dict.fromkeys(dials(block.mixer), value)),
+            )
+            for tree, value in ((dialled, True), (decays, 0.0))
+        )
+    return dialled, decays
 
 
 History = dict[str, Any]

@@ -160,9 +160,7 @@ def _asked(form: Form, context: str, query: str, said: list[str]) -> NeedleText:
         )
         lead = f"The special magic {kind} for {query} mentioned in the provided text are"
     advice = f"Make sure to memorize it. I will quiz you about the {kind} afterwards."
-    return NeedleText(
-        f"{opening} {advice}\n{context}\n{question} {lead}", f" {', '.join(said)}."
-    )
+    return NeedleText(f"{opening} {advice}\n{context}\n{question} {lead}", f" {', '.join(said)}.")
 
 
 def _listed(keys: list[str]) -> str:
