@@ -68,8 +68,9 @@ class StreamMemory(eqx.Module):
     r"""A memory whose inputs are those of `layers.Stream`, by name.
 
     Inputs a token: `key`, `value`, `query`, and any of `noise` r (default 1), `log_decay` log a,
-    `drift` q, `rate` γ (for `Forget`), `restoration` λ (which makes the rule `Restored`), and
-    `step` Δ: then time is continuous, decay, drift and noise are rates, and a write counts Δ times.
+    `drift` q, `rate` γ (for `Forget`), `restoration` λ (which makes the rule `Restored`, and reads
+    `reset` σ², else the prior variance), and `step` Δ: then time is continuous, decay, drift and
+    noise are rates, and a write counts Δ times.
 
     Where covariances are kept, noise must be at least `prior_variance` × ‖key‖² divided by
     `layers.precision.LARGEST_RATIO`, as `links.bounded_noise` makes it; drift may be of any size.
@@ -108,13 +109,13 @@ class StreamMemory(eqx.Module):
         return initial_belief(self.rule, self.value_width, self.key_width, self.prior_variance)
 
     def __call__(self, u, state, *, segment_ids=None, mask=None):
-        stream, restoration = self._stream(u)
+        stream, rule = self._stream(u), self._rule(u)
         if segment_ids is not None:
             stream = replace(stream, starts=document_starts(segment_ids, mask))
         if mask is not None:
             stream = without_padding(stream, mask)
-            restoration = at_padding(restoration, mask, 1)
-        rule = self._rule(restoration)
+            if isinstance(rule, Restored):
+                rule = replace(rule, restoration=at_padding(rule.restoration, mask, 1))
         state, reading = filter_scan(
             stream,
             self.prior_variance,
@@ -126,19 +127,20 @@ class StreamMemory(eqx.Module):
         return silent_at_padding(predict(reading, stream.noise), mask), state
 
     def step(self, u, state):
-        stream, restoration = self._stream({name: array[None] for name, array in u.items()})
+        u = {name: array[None] for name, array in u.items()}
+        stream = self._stream(u)
         state, reading = filter_scan(
-            stream, self.prior_variance, self._rule(restoration), initial=state, algorithm="token"
+            stream, self.prior_variance, self._rule(u), initial=state, algorithm="token"
         )
         prediction = predict(reading, stream.noise)
         return jax.tree.map(lambda part: part[0], prediction), state
 
-    def _rule(self, restoration: Array | None) -> Rule:
-        if restoration is None:
+    def _rule(self, u: Inputs) -> Rule:
+        if "restoration" not in u:
             return self.rule
-        return Restored(restoration, self.prior_variance)
+        return Restored(u["restoration"], u.get("reset", self.prior_variance))
 
-    def _stream(self, u: Inputs) -> tuple[Stream, Array | None]:
+    def _stream(self, u: Inputs) -> Stream:
         count = () if self.observations == 1 else (self.observations,)
         noise = u.get("noise", jnp.ones((*u["query"].shape[:1], *count), u["key"].dtype))
         rate = u.get("rate") if isinstance(self.rule, Forget) else None
@@ -150,8 +152,7 @@ class StreamMemory(eqx.Module):
                 None if part is None else part * step.reshape(-1, *[1] * (part.ndim - 1))
                 for part in (log_decay, drift)
             )
-        stream = Stream(u["key"], value, u["query"], noise, log_decay, drift, rate=rate)
-        return stream, u.get("restoration")
+        return Stream(u["key"], value, u["query"], noise, log_decay, drift, rate=rate)
 
 
 def silent_at_padding(prediction: Prediction, mask: Bool[Array, " time"] | None) -> Prediction:

@@ -19,11 +19,11 @@ class Restored(eqx.Module):
 
     Args:
         restoration: λ in [0, 1], one number or one a token; 0 is `Reset`, 1 is `Exact`.
-        variance: σ².
+        variance: σ², one number or one a token.
     """
 
     restoration: Float[Array, "*time"]
-    variance: Float[Array, ""] | float = 1.0
+    variance: Float[Array, "*once_or_time"] | float = 1.0
 
 
 @dataclass(frozen=True)

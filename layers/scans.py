@@ -1,5 +1,6 @@
 """One signature for every rule and algorithm: a stream in, readings and the last belief out."""
 
+from dataclasses import replace
 from typing import Literal
 
 import jax
@@ -11,7 +12,15 @@ from .additive import Superposition, additive_scan, chunk_states
 from .chunks import chunk_length, cut, join
 from .covariance import Uncertainty, covariance_scan
 from .delta import Writes, delta_scan
-from .kernels import Backend, chosen, device_refusal, kernel_scan, refusal
+from .kernels import (
+    Backend,
+    chosen,
+    delta_refusal,
+    delta_rule,
+    device_refusal,
+    kernel_scan,
+    refusal,
+)
 from .precision import MeanDtype, cast, state_dtype
 from .rules import Additive, Diagonal, Exact, Forget, Isotropic, Reset, Restored, Rule
 from .stream import Belief, Reading, Stream, by_token, one_by_one, per_key
@@ -64,7 +73,9 @@ def filter_scan(
         dtype: of the operands of products that carry values (`layers.precision`).
         backend: "mosaic" runs the kernels of `layers.kernels`, which take the exact filter with
             keys up to 64 and values up to or a multiple of 64 wide, and one decay and drift a
-            token, in chunks, on Hopper GPUs; "auto" runs them where they apply, and else XLA.
+            token, in chunks, on Hopper GPUs; "auto" runs them where they apply, and else XLA. Means
+            of a reset filter in bfloat16 come from jax-linear-attention's kernels there, where it
+            is installed; "xla" is without.
 
     Returns:
         The belief after the last token and every token's reading: the same for each algorithm to
@@ -88,17 +99,19 @@ def filter_scan(
             f"`rule` is {rule}, which takes one observation a token; this stream has {count}."
         )
     if isinstance(rule, Restored):
-        restoration, variance = (
-            jnp.asarray(part, state) for part in (rule.restoration, rule.variance)
-        )
-        if restoration.ndim == 1:
-            restoration = jnp.repeat(restoration, count)
-        rule = Restored(restoration, variance)
+        parts = (jnp.asarray(part, state) for part in (rule.restoration, rule.variance))
+        rule = Restored(*(jnp.repeat(part, count) if part.ndim else part for part in parts))
+    given = stream
     stream, start, prior = (cast(tree, state) for tree in (one_by_one(stream), start, prior))
     if algorithm == "token" or stream.length == 0:
         last, reading = token_scan(stream, start, prior, rule)
     else:
         last, reading = _in_chunks(stream, start, prior, rule, algorithm, dtype)
+    reason = delta_refusal(given, rule, algorithm) or device_refusal()
+    if backend == "auto" and reason is None and isinstance(rule, Reset):
+        # What is left of the scan above is compiled away where nothing reads its log evidence.
+        outputs, mean = delta_rule(given, start.mean, rule.variance)
+        return Belief(mean, None), replace(reading, mean=outputs)
     return last, by_token(reading, count)
 
 
@@ -183,7 +196,8 @@ def _exact_gains(stream: Stream, initial: Belief, prior: Belief, rule, algorithm
         # λ = 0 is reached to rounding: √λ has no derivative there, what depends on it has.
         tiny = jnp.finfo(stream.key.dtype).eps
         kept = tiny + (1 - tiny) * jnp.broadcast_to(rule.restoration, (stream.length,))[:, None]
-        drift = (0 if drift is None else kept * drift) + (1 - kept) * rule.variance
+        variance = jnp.broadcast_to(rule.variance, (stream.length,))[:, None]
+        drift = (0 if drift is None else kept * drift) + (1 - kept) * variance
         log_decay = (0 if log_decay is None else log_decay) + jnp.log(kept) / 2
     restart = None
     if stream.starts is not None:

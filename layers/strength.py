@@ -28,9 +28,11 @@ class StrengthMemory(eqx.Module):
     Args:
         value_width: rows of the memory.
         key_width: columns.
-        widths: shape at one token of `log_decay`, `drift` and `restoration`, where it has them.
-            With a restoration λ the covariance is kept, and λ = 0 is the delta rule; where λ is
-            above 0 noise is kept in the range that float32 holds.
+        widths: shape at one token of `log_decay`, `drift`, `restoration` and `reset`, where it has
+            them. With a drift the covariance is kept: exactly, or as far as a restoration λ says,
+            and λ = 0 is the delta rule. Where λ is above 0 noise is kept in the range that float32
+            holds. `reset` is σ², in units of the variance that documents start from: noise is
+            measured by it, so that it changes nothing at λ = 0.
         algorithm: how sequences are computed; the numbers are the same.
     """
 
@@ -62,17 +64,18 @@ class StrengthMemory(eqx.Module):
         return StreamMemory(
             self.value_width,
             self.key_width,
-            Exact() if "restoration" in dict(self.widths) else Reset(),
+            Exact() if "drift" in dict(self.widths) else Reset(),
             (("noise", ()), *self.widths),
             algorithm=self.algorithm,
         )
 
 
 def _at_noise(u: Inputs) -> dict[str, Array]:
-    noise = noise_of(u["strength"], u["key"])
-    if "restoration" in u:
-        bounded = jnp.maximum(noise, 1 / LARGEST_RATIO)
-        noise = jnp.where(u["restoration"] > 0, bounded, noise)
+    reset = u.get("reset", jnp.ones(()))
+    noise = reset * noise_of(u["strength"], u["key"])
+    if "drift" in u:
+        bounded = jnp.maximum(noise, jnp.maximum(reset, 1) / LARGEST_RATIO)
+        noise = jnp.where(u.get("restoration", jnp.ones(())) > 0, bounded, noise)
     return {**{name: array for name, array in u.items() if name != "strength"}, "noise": noise}
 
 

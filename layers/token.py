@@ -30,24 +30,26 @@ def token_scan(
     return jax.lax.scan(body, initial, _with_restoration(stream, rule))
 
 
-def _with_restoration(stream: Stream, rule: Rule) -> tuple[Stream, Array | None]:
+def _with_restoration(stream: Stream, rule: Rule) -> tuple[Stream, Restored | None]:
     if not isinstance(rule, Restored):
         return stream, None
-    return stream, jnp.broadcast_to(rule.restoration, (stream.length,))
+    every = (stream.length,)
+    restoration = jnp.broadcast_to(rule.restoration, every)
+    return stream, Restored(restoration, jnp.broadcast_to(rule.variance, every))
 
 
 def token_step(
-    belief: Belief, token: tuple[Stream, Array | None], prior: Belief, rule: Rule
+    belief: Belief, token: tuple[Stream, Restored | None], prior: Belief, rule: Rule
 ) -> tuple[Belief, Reading]:
     """One token: time passes, the value is absorbed, the query is read.
 
     Args:
         belief: before the token.
-        token: its stream without a time axis, and its restoration where the rule is `Restored`.
+        token: its stream without a time axis, and its own rule where that is `Restored`.
         prior: what a document starts from.
         rule: what is done to the covariance.
     """
-    u, restoration = token
+    u, restored = token
     starts = u.starts
     if starts is not None:
         belief = jax.tree.map(lambda old, new: jnp.where(starts, new, old), belief, prior)
@@ -57,10 +59,10 @@ def token_step(
     if isinstance(rule, Additive):
         return _add(u, Belief(mean, belief.covariance), decay, drift)
     mean, covariance = _predict(Belief(mean, belief.covariance), prior, u, decay, drift, rule)
-    if isinstance(rule, Restored):
-        assert restoration is not None
-        reset = rule.variance * jnp.eye(len(covariance), dtype=covariance.dtype)
-        covariance = restoration * covariance + (1 - restoration) * reset
+    if restored is not None:
+        reset = restored.variance * jnp.eye(len(covariance), dtype=covariance.dtype)
+        kept = restored.restoration
+        covariance = kept * covariance + (1 - kept) * reset
     square = _square(covariance, u)
     projected = exact_product(square, u.key)
     innovation_variance = projected @ u.key + u.noise

@@ -1,15 +1,13 @@
 """A training run on disk: its plan, its last checkpoint, its record and its plots."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
-
 from design_models import ModelError
 
+from .checkpoint_file import load_checkpoint, save_checkpoint
 from .plans import Plan, as_data, from_data
 from .records import write_json
 from .training import Runs
@@ -78,13 +76,7 @@ class RunFolder:
 
     def save(self, runs: Runs, step: int, history: History) -> None:
         """Write a checkpoint in place of the last one; a kill leaves one of the two whole."""
-        beside = self.checkpoint_file.with_suffix(".new")
-        with beside.open("wb") as file:
-            file.write((json.dumps({"step": step, "history": history}) + "\n").encode())
-            eqx.tree_serialise_leaves(file, runs)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(self.checkpoint_file)
+        save_checkpoint(self.checkpoint_file, runs, {"step": step, "history": history})
 
     def load(self, like: Runs) -> tuple[Runs, int, History]:
         """The last checkpoint: runs, the step to go on with, and the history before it.
@@ -94,12 +86,5 @@ class RunFolder:
         """
         if not self.checkpoint_file.exists():
             return like, 0, {"loss": [], "accuracy": []}
-        try:
-            with self.checkpoint_file.open("rb") as file:
-                head = json.loads(file.readline())
-                runs = eqx.tree_deserialise_leaves(file, like)
-        except (ValueError, RuntimeError, EOFError, KeyError) as error:
-            raise ModelError(
-                f"{self.checkpoint_file} cannot be read ({error}); remove it to start again."
-            ) from error
+        runs, head = load_checkpoint(self.checkpoint_file, like)
         return runs, head["step"], head["history"]

@@ -68,6 +68,10 @@ class ProgressBar:
     def report(self, step: int, steps: int, loss: float, accuracy: float, speed: float) -> None:
         """Say how far training is."""
         words = f"loss {loss:.3f}  accuracy {accuracy:.3f}  {speed:,.0f} tokens/s"
+        self.show(step, steps, words)
+
+    def show(self, step: int, steps: int, words: str) -> None:
+        """Say how far training is, in words."""
         self.progress.update(self.task, total=steps, completed=step + 1, description=words)
 
     def stage(self, name: str) -> None:

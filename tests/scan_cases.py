@@ -21,7 +21,7 @@ RULES = {
     "restored 0.3": lambda time: Restored(jnp.asarray(0.3), jnp.asarray(0.8)),
     "restored 1": lambda time: Restored(jnp.asarray(1.0), jnp.asarray(0.8)),
     "restored by token": lambda time: Restored(
-        jnp.asarray(np.linspace(0, 1, time)), jnp.asarray(0.8)
+        jnp.asarray(np.linspace(0, 1, time)), jnp.asarray(np.linspace(0.8, 0.5, time))
     ),
     "additive": lambda time: Additive(),
     "diagonal": lambda time: Diagonal(),

@@ -66,7 +66,7 @@ def textbook(stream: Stream, rule, prior: float, mean: np.ndarray, covariance: n
                     covariance = rule.variance * identity
                 case Restored():
                     dial = np.broadcast_to(np.asarray(rule.restoration), time)[t]
-                    reset = float(rule.variance) * identity
+                    reset = np.broadcast_to(np.asarray(rule.variance), time)[t] * identity
                     covariance = dial * covariance + (1 - dial) * reset
                 case Forget() if index == 0:
                     precision = np.linalg.inv(covariance)

@@ -1,5 +1,6 @@
 """Bayesian Layers in place of a checkpoint's delta rules: the same logits at restoration 0."""
 
+import json
 from dataclasses import replace
 
 import equinox as eqx
@@ -15,7 +16,7 @@ from recall.checkpoints.comparison import compare
 from recall.checkpoints.configuration import configuration_of
 from recall.checkpoints.folder import read_checkpoint, write_checkpoint
 from recall.checkpoints.model import logits, model_of
-from recall.checkpoints.surgery import with_restoration
+from recall.checkpoints.surgery import restoration_of, with_dials, with_restoration
 
 TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 19, (1, 70)))
 LAYOUTS = ("as it comes", "grouped values", "DeltaNet, elu", "DeltaNet, bare keys")
@@ -90,11 +91,52 @@ def test_training_moves_the_chosen_restorations_and_no_others():
     assert dial[1] == 0
 
 
-def test_what_the_format_has_no_name_for_is_not_left_out(tmp_path):
+def test_restored_layers_are_written_and_read_again(tmp_path):
     checkpoint = read_checkpoint(GOLDEN)
-    changed = replace(checkpoint, model=with_restoration(checkpoint.model, layers=[2]))
-    with pytest.raises(ModelError, match="restoration"):
-        write_checkpoint(tmp_path / "out", changed)
+    model = with_restoration(checkpoint.model, layers=[2], heads=[1], restoration=0.3)
+    model = with_restoration(model, layers=[1], restoration=1.0, learned=False)
+    changed = with_dials(
+        model.blocks[2].mixer, {"reset": jnp.full(2, 0.1), "drift.bias": jnp.full(2, -3.0)}
+    )
+    model = eqx.tree_at(lambda model: model.blocks[2].mixer, model, changed)
+    write_checkpoint(tmp_path / "out", replace(checkpoint, model=model))
+    again = read_checkpoint(tmp_path / "out").model
+    assert eqx.tree_equal(again, model)
+    assert [restoration_of(block.mixer) for block in again.blocks] == [
+        restoration_of(block.mixer) for block in model.blocks
+    ]
+
+
+def test_a_restoration_that_does_not_fit_is_refused_in_one_line(tmp_path):
+    checkpoint = read_checkpoint(GOLDEN)
+    model = with_restoration(checkpoint.model, layers=[2])
+    write_checkpoint(tmp_path / "out", replace(checkpoint, model=model))
+    told = json.loads((tmp_path / "out" / "restoration.json").read_text())
+    (tmp_path / "out" / "restoration.json").write_text(json.dumps({"9": told["2"]}))
+    with pytest.raises(ModelError, match="remove both"):
+        read_checkpoint(tmp_path / "out")
+
+
+def test_the_reset_variance_changes_nothing_at_restoration_0_and_much_at_1():
+    model = small()
+    tokens = TOKENS[:, :20]
+
+    def with_reset(restoration: float) -> jnp.ndarray:
+        restored = with_restoration(model, layers=[0], restoration=restoration)
+        mixer = with_dials(restored.blocks[0].mixer, {"reset": jnp.full(2, 1.5)})
+        return logits(eqx.tree_at(lambda m: m.blocks[0].mixer, restored, mixer), tokens)
+
+    assert furthest(with_reset(0.0), logits(model, tokens)) < 5e-5
+    plain = logits(with_restoration(model, layers=[0], restoration=1.0), tokens)
+    assert furthest(with_reset(1.0), plain) > 1e-2
+
+
+def test_what_is_restored_for_good_is_the_exact_filter():
+    model = small()
+    held = with_restoration(model, layers=[0], restoration=1.0, learned=False)
+    dialled = with_restoration(model, layers=[0], restoration=1.0)
+    assert "restoration" not in held.blocks[0].mixer.sources
+    assert furthest(logits(held, TOKENS), logits(dialled, TOKENS)) < 5e-5
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 `forward` filters, with `covariance` for the warpgroups that hold P; `reverse` finds the gradient,
 its recursion in `wide` where keys are 128; `exact` joins them for one head, `blocks` prepares what
 both need of decays, `mosaic` holds every name of Mosaic's, and `dispatch` decides what runs.
+`delta_rule` runs means of the reset filter as another library's kernels.
 
 **Range.** Read-outs are within 1e-4, gradients within 1e-3 of the filter in float64 of the same
 inputs, relative by norm, as tests/test_kernels.py says case by case: any decay; noise down to 1e-4
@@ -14,6 +15,8 @@ almost every decay is below exp(−50), the decays' own gradient all but vanishe
 kernels say of it is rounding: about 2e-6 of the keys' gradient.
 """
 
+from .delta_rule import delta_refusal as delta_refusal
+from .delta_rule import delta_rule as delta_rule
 from .dispatch import Backend as Backend
 from .dispatch import chosen as chosen
 from .dispatch import device_refusal as device_refusal

@@ -20,6 +20,7 @@ from layers import LanguageModel
 from . import names
 from .configuration import Configuration, read_configuration
 from .model import model_of, tensors_of
+from .restored import read_restoration, write_restoration
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -74,7 +75,7 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read a folder; nothing in it is run.
+    """Read a folder, restored layers included; nothing in it is run.
 
     Raises:
         ModelError: it holds no such checkpoint, or keys or shapes other than its config.json asks.
@@ -108,17 +109,19 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 "to false."
             )
     beside = {name: (folder / name).read_bytes() for name in _BESIDE if (folder / name).is_file()}
-    return Checkpoint(configuration, model_of(configuration, tensors), tuple(files), beside)
+    model = read_restoration(folder, model_of(configuration, tensors))
+    return Checkpoint(configuration, model, tuple(files), beside)
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a folder of the same format: the same names, dtypes, shards and other files.
 
-    Weights that have not changed come out bit for bit as they were read.
+    Weights that have not changed come out bit for bit as they were read. Restored layers are told
+    in two more files, which `read_checkpoint` reads again; without them the folder is a checkpoint
+    of delta rules.
 
     Raises:
-        ModelError: the folder holds something or cannot be written, or the model has weights that
-            the format has no names for.
+        ModelError: the folder holds something or cannot be written.
     """
     tensors = tensors_of(checkpoint.model, checkpoint.configuration)
     if names.HEAD not in tensors:
@@ -133,6 +136,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
             held = {name: tensors[name].astype(dtype) for name, dtype in file.dtypes.items()}
             metadata = None if file.metadata is None else dict(file.metadata)
             save_file(held, folder / file.name, metadata=metadata)
+        write_restoration(folder, checkpoint.model)
     except (OSError, SafetensorError) as error:
         said = getattr(error, "strerror", None) or error
         raise ModelError(f"`--out` is {folder}: {said}; name another folder.") from error

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from design_models import ModelError
 from layers import Block, LanguageModel, SequenceMixer, links
 from layers.mixer import Source
 from layers.norm import RootMeanSquareNorm
@@ -184,13 +183,7 @@ def model_of(configuration: Configuration, tensors: Mapping[str, np.ndarray]) ->
 
 
 def tensors_of(model: LanguageModel, configuration: Configuration) -> dict[str, np.ndarray]:
-    """The model's weights by the names of the format and in its shapes, float32.
-
-    Raises:
-        ModelError: the model has a restoration, which the format has no name for.
-    """
-    if any("restoration" in block.mixer.sources for block in model.blocks):
-        raise ModelError("the model has a restoration, which this format has no name for.")
+    """The model's weights by the names of the format and in its shapes, float32."""
     return {
         name: np.ascontiguousarray(_turned_back(name, np.asarray(weight)))
         for name, weight in _places(model, configuration)

@@ -1,11 +1,13 @@
 """Bayesian Layers in place of delta rules, begun where they are the same: restoration 0."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from layers import LanguageModel, SequenceMixer, links
@@ -17,12 +19,37 @@ from layers.strength import StrengthMemory, doubled_sigmoid
 
 @dataclass(frozen=True)
 class OfChosen:
-    """A link: a number in [0, 1] of chosen heads, which learns; 0 of the others, which does not."""
+    """A link to the restoration of chosen heads; 0 of the others, which does not learn.
+
+    Args:
+        chosen: which heads.
+        by_logit: λ = σ(number), which gradient steps of one size bring from near 0 to near 1, and
+            there to any horizon 1/(1 − λ); otherwise λ is the number, which may be 0 or 1.
+    """
 
     chosen: tuple[bool, ...]
+    by_logit: bool = False
 
     def __call__(self, number: Float[Array, " heads"]) -> Float[Array, " heads"]:
-        return jnp.where(jnp.asarray(self.chosen), unit_interval(number), 0.0)
+        dial = jax.nn.sigmoid(number) if self.by_logit else unit_interval(number)
+        return jnp.where(jnp.asarray(self.chosen), dial, 0.0)
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """How a layer is restored.
+
+    Args:
+        heads: which of its heads.
+        exact: whether all are, for good: then no λ is left, and kernels take the filter.
+        by_logit: as in `OfChosen`.
+        learned: whether training moves λ.
+    """
+
+    heads: tuple[int, ...]
+    exact: bool = False
+    by_logit: bool = False
+    learned: bool = True
 
 
 def with_restoration(
@@ -31,22 +58,27 @@ def with_restoration(
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     restoration: float = 0.0,
+    learned: bool = True,
 ) -> LanguageModel:
     r"""Let chosen heads keep their covariance, by a restoration λ that training moves.
 
-    $$ P^- = \lambda\,(a P a + q) + (1 - \lambda) I $$
+    $$ P^- = \lambda\,(a P a + q) + (1 - \lambda)\,\sigma^2 I,\quad
+       r = \sigma^2 (1/\beta - |k|^2) $$
 
-    Each gets a λ and a drift q, softplus of a projection that begins as 0 plus `DRIFT_BIAS`; all
-    other weights stay as they are. At λ = 0 logits are those of `model` to rounding. Where λ is
-    above 0, noise is at least 1 / `LARGEST_RATIO`.
+    Each gets a λ, a drift q, softplus of a projection that begins as 0 plus `DRIFT_BIAS`, and a
+    σ², which begins as 1, the variance that documents start from. All other weights stay as they
+    are. At λ = 0 logits are those of `model` to rounding. Where λ is above 0, noise is at least
+    max(σ², 1) / `LARGEST_RATIO`.
 
-    All heads of a chosen layer are computed with covariances, also those not chosen.
+    All heads of a chosen layer are computed with covariances, also those not chosen. Where all are
+    restored for good, at λ = 1, no λ is left in the layer, and kernels run it where they apply.
 
     Args:
         model: as `recall.checkpoints.folder.read_checkpoint` returns it.
         layers: numbers of blocks, from 0; all where left out.
         heads: numbers of heads in each of these blocks, from 0; all where left out.
-        restoration: λ to begin with.
+        restoration: λ to begin with; between 0 and 1 its logit learns.
+        learned: whether training moves λ.
 
     Raises:
         ValueError: there is no such layer or head, `restoration` lies outside [0, 1], or a layer is
@@ -58,16 +90,26 @@ def with_restoration(
     layers = _numbers("layers", layers, len(model.blocks))
     for layer in layers:
         mixer = model.blocks[layer].mixer
-        restored = _restored(mixer, _numbers("heads", heads, mixer.heads), restoration)
+        chosen = tuple(sorted(set(_numbers("heads", heads, mixer.heads))))
+        exact = restoration == 1 and not learned and len(chosen) == mixer.heads
+        how = Restoration(chosen, exact, 0 < restoration < 1, learned)
+        restored = restored_mixer(mixer, how, restoration)
         model = eqx.tree_at(lambda model, at=layer: model.blocks[at].mixer, model, restored)
     return model
 
 
-def _restored(mixer: SequenceMixer, heads: Sequence[int], restoration: float) -> SequenceMixer:
+def restored_mixer(
+    mixer: SequenceMixer, how: Restoration, restoration: float = 0.5
+) -> SequenceMixer:
+    """A delta rule's mixer with covariances.
+
+    Raises:
+        ValueError: as in `with_restoration`.
+    """
     memory = mixer.memory
     if not isinstance(memory, StrengthMemory):
         raise ValueError(f"`layers` name a {mixer.name}; only a checkpoint's delta rules can be.")
-    if "restoration" in mixer.sources:
+    if restoration_of(mixer) is not None:
         raise ValueError("`layers` name one that is restored already; name it once.")
     strength = mixer.sources["strength"]
     if isinstance(strength, Projected) and strength.link is doubled_sigmoid:
@@ -75,14 +117,63 @@ def _restored(mixer: SequenceMixer, heads: Sequence[int], restoration: float) ->
             "`layers` name one with negative eigenvalues, whose strengths above 1 are no reading "
             "of any noise; leave it out."
         )
-    chosen = tuple(head in heads for head in range(mixer.heads))
-    dial = jnp.where(jnp.asarray(chosen), restoration, 0.0)
-    gates = {name: mixer.sources[name] for name, _ in memory.widths}
-    gates["restoration"] = PerHead(dial, OfChosen(chosen))
+    gates: dict[str, Any] = {name: mixer.sources[name] for name, _ in memory.widths}
+    if not how.exact:
+        chosen = tuple(head in how.heads for head in range(mixer.heads))
+        number = float(np.log(restoration / (1 - restoration))) if how.by_logit else restoration
+        dial = jnp.where(jnp.asarray(chosen), number, 0.0)
+        link = OfChosen(chosen, how.by_logit)
+        gates["restoration"] = PerHead(dial, link, learned=how.learned)
     gates["drift"] = _small_drift(mixer)
+    gates["reset"] = PerHead(jnp.zeros(mixer.heads), jnp.exp)
     sources = mixer.sources | gates
     memory = replace(memory, widths=gate_shapes(gates))
     return eqx.tree_at(lambda mixer: (mixer.memory, mixer.sources), mixer, (memory, sources))
+
+
+def restoration_of(mixer: SequenceMixer) -> Restoration | None:
+    """How a checkpoint's mixer is restored; None where it is a delta rule."""
+    if "drift" not in mixer.sources:
+        return None
+    dial = mixer.sources.get("restoration")
+    if dial is None:
+        return Restoration(tuple(range(mixer.heads)), exact=True, learned=False)
+    assert isinstance(dial, PerHead)
+    assert isinstance(dial.link, OfChosen)
+    heads = tuple(head for head, chosen in enumerate(dial.link.chosen) if chosen)
+    return Restoration(heads, False, dial.link.by_logit, dial.learned)
+
+
+def dials(mixer: SequenceMixer) -> dict[str, Array]:
+    """What a restored mixer has beside its delta rule's weights, by name."""
+    return _dials(mixer)
+
+
+def _dials(mixer: Any) -> dict[str, Any]:
+    sources = mixer.sources
+    found = {"reset": sources["reset"].parameter}
+    found |= {"drift.weight": sources["drift"].weight, "drift.bias": sources["drift"].bias}
+    if "restoration" in sources:
+        found["restoration"] = sources["restoration"].parameter
+    return found
+
+
+def with_dials(mixer: SequenceMixer, values: Mapping[str, Array]) -> SequenceMixer:
+    """A restored mixer with these numbers for some of its `dials`."""
+    return eqx.tree_at(
+        lambda mixer: [_dials(mixer)[name] for name in values], mixer, list(values.values())
+    )
+
+
+def restorations(model: LanguageModel) -> dict[int, np.ndarray]:
+    """λ of every head, by number of the restored layer."""
+    found = {}
+    for layer, block in enumerate(model.blocks):
+        if restoration_of(block.mixer) is not None:
+            dial: Any = block.mixer.sources.get("restoration")
+            ones = np.ones(block.mixer.heads)
+            found[layer] = ones if dial is None else np.asarray(dial.link(dial.parameter))
+    return found
 
 
 def _small_drift(mixer: SequenceMixer) -> Projected:
