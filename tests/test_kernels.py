@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scan_cases import Case, draw_initial, draw_stream
 
-from layers.kernels import device_refusal, kernel_scan, mosaic, refusal, reverse
+from layers.kernels import device_refusal, kernel_scan, mosaic, refusal, reverse, segments
 from layers.rules import Diagonal, Exact, Restored
 from layers.scans import filter_scan
 from layers.stream import Belief, Stream
@@ -138,6 +138,16 @@ def test_simulated_values_of_keys_128_wide_and_their_gradients_are_the_definitio
     arguments, starts = draw(case, "bfloat16")
     found = differentiated(simulated)(arguments, starts)
     assert_within(found, expected(arguments, starts), "bfloat16")
+
+
+def test_simulated_segments_and_their_gradients_are_the_definition(monkeypatch, capfd):
+    """Three, of one chunk each; documents start in the second, which forgets what entered."""
+    monkeypatch.setattr(segments, "most", lambda chunks: 3)
+    case = Case(150, 64, 64, decay="scalar", drift="scalar", starts=(70,))
+    arguments, starts = draw(case, "bfloat16")
+    found = differentiated(simulated)(arguments, starts)
+    assert_within(found, expected(arguments, starts), "bfloat16")
+    assert "RACE" not in capfd.readouterr().out
 
 
 @pytest.mark.exhaustive
