@@ -201,6 +201,16 @@ def test_kernels_lower_for_cuda(keys, dtype):
     assert lower(lambda *inputs: outputs(*inputs, kernel_scan)).count("mosaic_gpu_v2") == 1
 
 
+def test_segments_lower_for_cuda(monkeypatch):
+    """Three of two chunks: four kernels more, of which one joins them within a loop."""
+    monkeypatch.setattr(segments, "most", lambda chunks: 3)
+    arguments, starts = draw(Case(350, 64, 64, decay="scalar", drift="scalar"), "bfloat16")
+    with mosaic.lowering_mesh():
+        lowered = jax.jit(differentiated(kernel_scan)).trace(arguments, starts)
+        text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu_v2") == 7
+
+
 FITTING = Case(20, 64, 64, decay="scalar", drift="scalar", starts=(3,))
 UNFIT = {
     "rule": (FITTING, {"rule": Diagonal()}),

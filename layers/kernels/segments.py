@@ -122,7 +122,7 @@ def starts(
     found = elements(cut(key, segments), cut(value, segments), Rates(*pieces), interpret=interpret)
     root = roots(found.information, interpret)
 
-    def by_segment(array: Array) -> Float[Array, "segment row key key"]:
+    def by_segment(array: Array) -> Array:
         by_row = array.reshape(-1, segments, *array.shape[1:])
         return jnp.moveaxis(by_row[:, :-1], 1, 0)
 
@@ -190,7 +190,7 @@ def ends(
     segments: int,
     *,
     interpret: bool = False,
-) -> tuple[States, States]:
+) -> tuple[Float[Array, "part key key"], Float[Array, "part key key"]]:
     """Cotangents of mean and covariance after each segment, rows as `cut` makes them.
 
     Args:
@@ -203,7 +203,7 @@ def ends(
     """
     lasts = of_last_mean, of_last_covariance
 
-    def by_row(state: States) -> PerSegment:
+    def by_row(state: Float[Array, "part key key"]) -> PerSegment:
         return state.reshape(-1, segments, WIDTH, WIDTH)
 
     # What is asked of the last segment's end, and nothing of the others'.
@@ -225,7 +225,7 @@ def ends(
     by_segment = [jnp.moveaxis(part, 1, 0) for part in moments]
     _, earlier = lax.scan(through, first, by_segment, reverse=True)
 
-    def joined(rest: Array, *later: States) -> States:
+    def joined(rest: Array, *later: States) -> Float[Array, "part key key"]:
         whole = jnp.concatenate([rest, *(state[None] for state in later)])
         return jnp.moveaxis(whole, 0, 1).reshape(-1, WIDTH, WIDTH)
 
