@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scan_cases import Case, draw_initial, draw_stream
 
-from layers.kernels import device_refusal, kernel_scan, mosaic, refusal, reverse
+from layers.kernels import device_refusal, kernel_scan, mosaic, refusal, reverse, segments
 from layers.rules import Diagonal, Exact, Restored
 from layers.scans import filter_scan
 from layers.stream import Belief, Stream
@@ -149,6 +149,16 @@ def test_simulated_values_of_keys_128_wide_and_their_gradients_are_the_definitio
     assert_within(found, expected(arguments, starts), "bfloat16")
 
 
+def test_simulated_segments_and_their_gradients_are_the_definition(monkeypatch, capfd):
+    """Three, of one chunk each; documents start in the second, which forgets what entered."""
+    monkeypatch.setattr(segments, "most", lambda chunks: 3)
+    case = Case(150, 64, 64, decay="scalar", drift="scalar", starts=(70,))
+    arguments, starts = draw(case, "bfloat16")
+    found = differentiated(simulated)(arguments, starts)
+    assert_within(found, expected(arguments, starts), "bfloat16")
+    assert "RACE" not in capfd.readouterr().out
+
+
 @pytest.mark.exhaustive
 def test_simulated_keys_of_more_than_64_and_their_gradients_are_the_definition(monkeypatch, capfd):
     monkeypatch.setattr(reverse, "PROCESSORS", 1)
@@ -198,6 +208,16 @@ def test_kernels_lower_for_cuda(keys, dtype):
 
     assert lower(differentiated(kernel_scan)).count("mosaic_gpu_v2") == 3
     assert lower(lambda *inputs: outputs(*inputs, kernel_scan)).count("mosaic_gpu_v2") == 1
+
+
+def test_segments_lower_for_cuda(monkeypatch):
+    """Three of two chunks: four kernels more, of which one joins them within a loop."""
+    monkeypatch.setattr(segments, "most", lambda chunks: 3)
+    arguments, starts = draw(Case(350, 64, 64, decay="scalar", drift="scalar"), "bfloat16")
+    with mosaic.lowering_mesh():
+        lowered = jax.jit(differentiated(kernel_scan)).trace(arguments, starts)
+        text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu_v2") == 7
 
 
 FITTING = Case(20, 64, 64, decay="scalar", drift="scalar", starts=(3,))

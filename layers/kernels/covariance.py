@@ -9,6 +9,7 @@ from operator import add
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
 from . import mosaic
@@ -46,6 +47,25 @@ def through(state, here, slot, tokens, count):
         operands = (pieces_of(ref, slot, tokens, columns) for ref in (here.keys, here.queries))
         products.append([multiply(pairs(split, right, count)) for right in operands])
     return [reduce(add, parts) for parts in zip(*products, strict=True)]
+
+
+def fetch(here, sources, places, row, chunk, slot):
+    """Start to copy a chunk's tokens to shared memory; `full` says when they are there."""
+    tokens = pl.ds(chunk * CHUNK, CHUNK)
+    for source, target in zip(sources, places, strict=True):
+        if len(source.shape) == 4:
+            every = range(source.shape[1])
+            copies = [(source.at[row, p, tokens], target.at[slot, p]) for p in every]
+        else:
+            copies = [(source.at[row, tokens], target.at[slot])]
+        for part, place in copies:
+            mosaic.copy_in(part, place, here.full.at[slot])
+
+
+def identity(size=WIDTH):
+    shape = size, size
+    diagonal = mosaic.index(shape, 0) == mosaic.index(shape, 1)
+    return jnp.where(diagonal, jnp.float32(1), jnp.float32(0))
 
 
 def hidden_zero(here, slot, start):
@@ -88,9 +108,9 @@ def across(ref, count, columns):
     return [ref.at[piece, columns].transpose((1, 0)) for piece in range(count)]
 
 
-def _eliminate(here, share, slot, tokens):
+def _eliminate(here, share, slot, tokens, joint=None):
     mosaic.eliminate(
-        here.joint.at[share, tokens],
+        here.joint.at[share if joint is None else joint, tokens],
         here.noises.at[slot, tokens],
         here.decays.at[slot, tokens],
         here.columns,
@@ -102,11 +122,20 @@ def _eliminate(here, share, slot, tokens):
     )
 
 
-def narrow_block():
-    """A block of 64-wide keys, for the one warpgroup that holds P."""
+def turn(start):
+    """Which of two places a block uses; its neighbours use the other."""
+    return lax.rem(lax.div(start, BLOCK), 2)
+
+
+def narrow_block(reads=True):
+    """A block of 64-wide keys, for the one warpgroup that holds P.
+
+    Args:
+        reads: whether queries are read; else another warpgroup eliminates beside this one, from
+            two joint covariances in turn (`kernels.elements`).
+    """
     thin, square = (WIDTH, BLOCK), (WIDTH, WIDTH)
-    diagonal = mosaic.index(square, 0) == mosaic.index(square, 1)
-    identity = jnp.where(diagonal, jnp.float32(1), jnp.float32(0))
+    spread = identity()
 
     def block(here, slot, start, covariances):
         (covariance,) = covariances
@@ -124,13 +153,18 @@ def narrow_block():
         mosaic.commit_smem()
         drawn_pieces = [here.drawn.at[0, piece] for piece in range(COVARIANCE_PIECES)]
         between = multiply((CHUNK, BLOCK), pairs(pieces_of(here.keys, slot), drawn_pieces, 3))
-        here.joint.at[0][...] = between * mosaic.load(here.ratios.at[slot])
+        place = 0 if reads else turn(start)
+        here.joint.at[place][...] = between * mosaic.load(here.ratios.at[slot])
         mosaic.barrier_wait(here.innovations_ready)
-        terms = pairs(split, pieces_of(here.queries, slot, tokens), 3)
-        eliminate = partial(_eliminate, here, 0, slot, tokens)
-        seen = mosaic.product_beside(thin, terms, eliminate, here.interpret)
-        seen = seen * mosaic.load_transposed(here.queries_plain.at[slot, tokens])
-        mosaic.store_transposed(here.read.at[tokens, pl.ds(0, WIDTH)], seen)
+        eliminate = partial(_eliminate, here, 0, slot, tokens, place)
+        if reads:
+            terms = pairs(split, pieces_of(here.queries, slot, tokens), 3)
+            seen = mosaic.product_beside(thin, terms, eliminate, here.interpret)
+            seen = seen * mosaic.load_transposed(here.queries_plain.at[slot, tokens])
+            mosaic.store_transposed(here.read.at[tokens, pl.ds(0, WIDTH)], seen)
+        else:
+            mosaic.barrier_arrive(here.joint_ready)
+            eliminate()
         own = mosaic.load_transposed(here.whitened.at[:, pl.ds(0, WIDTH)])
         for piece, part in enumerate(pieces(own, COVARIANCE_PIECES)):
             here.moved.at[0, piece][...] = part
@@ -141,7 +175,7 @@ def narrow_block():
         absorbed = multiply(square, pairs(left, right, 3))
         kept = through_all(here, slot, start)
         added = here.drifts[slot, start + BLOCK - 1]
-        return (covariance * kept + identity * added - absorbed,)
+        return (covariance * kept + spread * added - absorbed,)
 
     return block
 

@@ -12,7 +12,7 @@ from layers.stream import Belief, Reading, Stream, by_token, one_by_one
 Backend = Literal["auto", "xla", "mosaic"]
 EXACT = Exact()
 
-WIDTH, CHUNK = 64, 64
+WIDTH = 64
 KEYS = 128
 """The widest keys of a kernel."""
 CAPABILITY = "9.0"
@@ -96,6 +96,7 @@ def kernel_scan(
         interpret: whether kernels are simulated on a CPU.
     """
     from .exact import Filtered, Head, filter_head  # Mosaic is imported where it is used alone.
+    from .segments import padded as filled_up
 
     covariance = initial.covariance
     assert covariance is not None
@@ -119,7 +120,8 @@ def kernel_scan(
         added = kept * added + (1 - kept) * jnp.asarray(rule.variance, f32)
 
     def padded(array, filler=0):
-        padding = [(0, -time % CHUNK)] + [(0, -width % WIDTH) for width in array.shape[1:]]
+        padding = [(0, -width % WIDTH) for width in array.shape[1:]]
+        padding = [(0, filled_up(time) - time), *padding]
         return jnp.pad(array, padding, constant_values=filler)
 
     def square(state):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -9,10 +10,13 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float
 
-from . import reverse, wide
-from .blocks import kept_sums, kept_within, rates, ratios_within, sums
+from . import reverse, segments, wide
+from .blocks import Rates, kept_sums, kept_within, rates, ratios_within, sums
 from .forward import CHUNK, WIDTH, filter_blocks, split
 from .restored import of_kept as cotangent_of_kept
+
+_LASTS, _FIRSTS = ("last_covariance", "last_mean"), ("first_covariance", "first_mean")
+_KEPT = ("whitened", "inverse_deviation", "covariances", "means", "loops")
 
 
 class Head(NamedTuple):
@@ -54,26 +58,37 @@ class Filtered(NamedTuple):
     last_mean: Float[Array, "value key"]
 
 
-def over_rows(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of arrays with a leading row axis, for one row; `vmap` makes more rows of it."""
+def over_rows(function: Callable[..., Any], of: int | None = None) -> Callable[..., Any]:
+    """A function of arrays with a leading row axis, for one row; `vmap` makes more rows of it.
 
-    @custom_vmap
-    def rows(*arrays):
-        return function(*arrays)
+    Args:
+        function: takes a number of rows, then arrays. Its results' shapes, but for the leading
+            axis, may not depend on the number: a program is traced for one row, then mapped.
+        of: which argument's rows are counted, those that differ; all rows where left out.
+    """
 
-    @rows.def_vmap
-    def _(size, batched, *arrays):  # pyright: ignore[reportUnusedFunction]
-        def merge(array, mapped):
-            if not mapped:
-                array = jnp.broadcast_to(array, (size, *array.shape))
-            return array.reshape(-1, *array.shape[2:])
+    def counted(count: int) -> Callable[..., Any]:
+        @custom_vmap
+        def rows(*arrays):
+            return function(len(arrays[0]) if of is None else count, *arrays)
 
-        out = rows(*map(merge, arrays, batched))
-        split = jax.tree.map(lambda array: array.reshape(size, -1, *array.shape[1:]), out)
-        return split, jax.tree.map(lambda _: True, split)
+        @rows.def_vmap
+        def _(size, batched, *arrays):  # pyright: ignore[reportUnusedFunction]
+            def merge(array, mapped):
+                if not mapped:
+                    array = jnp.broadcast_to(array, (size, *array.shape))
+                return array.reshape(-1, *array.shape[2:])
+
+            more = counted(count * size if of is None or batched[of] else count)
+            out = more(*map(merge, arrays, batched))
+            split = jax.tree.map(lambda array: array.reshape(size, -1, *array.shape[1:]), out)
+            return split, jax.tree.map(lambda _: True, split)
+
+        return rows
 
     def one(*arrays):
-        return jax.tree.map(lambda array: array[0], rows(*(array[None] for array in arrays)))
+        found = counted(1)(*(array[None] for array in arrays))
+        return jax.tree.map(lambda array: array[0], found)
 
     return one
 
@@ -95,18 +110,37 @@ def _filter_head(head: Head, values: int, interpret: bool) -> Filtered:
     return _run(head, values, interpret, save=False)[0]
 
 
+def _cuttable(width: int, restored: bool) -> bool:
+    """Whether sequences may be cut into segments."""
+    return width == WIDTH and not restored
+
+
 def _run(head: Head, values: int, interpret: bool, save: bool) -> tuple[Filtered, dict[str, Array]]:
-    def rows(key, value, query, noise, log_decay, starts, added, covariance, mean, kept=None):
-        return filter_blocks(
-            key,
-            value,
-            query,
-            rates(noise, log_decay, starts, added, kept),
-            covariance,
-            mean,
+    chunks = len(head.key) // CHUNK
+    cuttable = _cuttable(head.key.shape[-1], head.kept is not None)
+
+    def rows(number, key, value, query, noise, log_decay, starts, added, *states):
+        covariance, mean, *kept = states
+        numbers = rates(noise, log_decay, starts, added, *kept)
+        parts, loops = segments.count(number, chunks) if cuttable else 1, None
+        if parts > 1:
+            covariance, mean, loops = segments.starts(
+                key, value, numbers, covariance, mean, parts, interpret=interpret
+            )
+        cut = partial(segments.cut, segments=parts)
+        found = filter_blocks(
+            *map(cut, (key, value, query)),
+            Rates(*(part if part is None else cut(part) for part in numbers)),
+            covariance.reshape(-1, *covariance.shape[-2:]),
+            mean.reshape(-1, *mean.shape[-2:]),
             save=save,
             interpret=interpret,
         )
+        lasts = {name: found.pop(name)[parts - 1 :: parts] for name in _LASTS}
+        found = {name: segments.join(part, parts) for name, part in found.items()} | lasts
+        if save and cuttable and segments.most(chunks) >= segments.FEWEST:
+            found["loops"] = segments.filled(loops, number, chunks)
+        return found
 
     found = over_rows(rows)(*(part for part in head if part is not None))
     surprise = found["whitened"][:, head.key.shape[-1] :]
@@ -121,7 +155,7 @@ def _run(head: Head, values: int, interpret: bool, save: bool) -> tuple[Filtered
 
 def _forward(head: Head, values: int, interpret: bool):
     out, found = _run(head, values, interpret, save=True)
-    kept = {name: found[name] for name in ("whitened", "inverse_deviation", "covariances", "means")}
+    kept = {name: found[name] for name in _KEPT if name in found}
     return out, (head, kept, out.last_covariance, out.last_mean)
 
 
@@ -148,16 +182,18 @@ def _backward(values: int, interpret: bool, residuals, of: Filtered):
         kept["inverse_deviation"],
         None if faded is None else faded.reshape(-1),
     )
-    found = over_rows(partial(_reverse_rows, values, interpret))(
-        head.key,
-        head.query,
-        kept["whitened"],
-        of.mean,
-        *(part for part in numbers if part is not None),
-        kept["means"],
-        kept["covariances"],
-        of.last_mean,
-        of_last_covariance,
+    arrays = {
+        **kept,
+        "key": head.key,
+        "query": head.query,
+        "of_mean": of.mean,
+        "of_last_mean": of.last_mean,
+        "of_last_covariance": of_last_covariance,
+        **{name: part for name, part in numbers._asdict().items() if part is not None},
+    }
+    names = tuple(arrays)
+    found = over_rows(partial(_reverse_rows, names, values, interpret), of=names.index("whitened"))(
+        *arrays.values()
     )
 
     def at_ends(starts: Array, last: Array) -> Array:
@@ -190,17 +226,27 @@ def _backward(values: int, interpret: bool, residuals, of: Filtered):
     )
 
 
-def _reverse_rows(values: int, interpret: bool, key, query, whitened, of_mean, *arrays: Array):
-    *numbers, means, covariances, of_last_mean, of_last_covariance = arrays
+def _reverse_rows(names, values: int, interpret: bool, number: int, *arrays: Array):
+    given = dict(zip(names, arrays, strict=True))
+    key, lasts = given["key"], (given.pop("of_last_mean"), given.pop("of_last_covariance"))
+    narrow, loops = key.shape[-1] == WIDTH, given.pop("loops", None)
+    cuttable = _cuttable(key.shape[-1], "faded" in given)
+    parts = segments.count(number, key.shape[1] // CHUNK) if cuttable else 1
+    here = SimpleNamespace(**{name: segments.cut(part, parts) for name, part in given.items()})
     depth = 1 if key.dtype == jnp.bfloat16 else reverse.PIECES
-    keys, queries = split(key, depth), split(query, depth)
-    by_chunk = reverse.Numbers(*numbers).by_chunk()
+    numbers = reverse.Numbers(*(getattr(here, name, None) for name in reverse.Numbers._fields))
+    tokens = split(here.key, depth), split(here.query, depth)
+    by_chunk = numbers.by_chunk()
     found = reverse.local(
-        keys, queries, whitened, of_mean, by_chunk, values=values, interpret=interpret
+        *tokens, here.whitened, here.of_mean, by_chunk, values=values, interpret=interpret
     )
-    rest = of_mean, by_chunk, found, means, covariances, of_last_mean, of_last_covariance
-    recur = reverse.recur if key.shape[-1] == WIDTH else wide.recur
-    return recur(keys, queries, *rest, dtype=key.dtype, interpret=interpret)
+    asked = *tokens, here.of_mean, by_chunk, found
+    if parts > 1:
+        lasts = segments.ends(asked, loops, *lasts, parts, interpret=interpret)
+    recur = reverse.recur if narrow else wide.recur
+    got = recur(*asked, here.means, here.covariances, *lasts, dtype=key.dtype, interpret=interpret)
+    firsts = {name: got.pop(name)[::parts] for name in _FIRSTS}
+    return {name: segments.join(part, parts) for name, part in got.items()} | firsts
 
 
 _filter_head.defvjp(_forward, _backward)

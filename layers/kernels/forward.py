@@ -49,6 +49,7 @@ from .covariance import (
     COVARIANCE_PIECES,
     WIDTH,
     across,
+    fetch,
     hidden_zero,
     narrow_block,
     pieces_of,
@@ -203,17 +204,8 @@ def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
     load = mosaic.load
     tiles = tiles_of(width)
 
-    def fetch(chunk, slot):
-        tokens = pl.ds(chunk * CHUNK, CHUNK)
-        for source, target in zip(inputs, places, strict=False):
-            if len(source.shape) == 4:
-                copies = [
-                    (source.at[row, p, tokens], target.at[slot, p]) for p in range(source.shape[1])
-                ]
-            else:
-                copies = [(source.at[row, tokens], target.at[slot])]
-            for part, place in copies:
-                mosaic.copy_in(part, place, here.full.at[slot])
+    def bring(chunk, slot):
+        fetch(here, inputs, places[:sources], row, chunk, slot)
 
     def leave(name, chunk, rows, state):
         for columns, tile in zip(tiles, state, strict=True):
@@ -240,12 +232,12 @@ def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
                 mosaic.barrier_wait(here.free.at[done])
                 if lag == 0:  # this warpgroup's own warps may be reading the chunk yet
                     mosaic.commit_smem()
-                fetch(c - lag + slots, done)
+                bring(c - lag + slots, done)
 
         @pl.when(by_first(True))
         def _():
             for slot in range(slots):
-                fetch(slot, slot)
+                bring(slot, slot)
 
         def chunk(c, covariance):
             slot = lax.rem(c, slots)

@@ -315,12 +315,14 @@ def eliminate(
     $$ u_t = \Bigl(e_t - \sum_{s<t} L_{ts}\, a_{s+1}\cdots a_t\, u_s\Bigr) / L_{tt} $$
 
     for columns of keys, which decay, and the same with a = 1 for the 64 of values that follow.
-    Warpgroup g whitens keys 64 g to 64 g + 63, the first one values too.
+    Warpgroup g whitens keys 64 g to 64 g + 63, the first one values too; where there are no keys,
+    the warpgroup that calls whitens all 64.
 
     Where a restoration keeps λ of the covariance, and memory decays less than its deviation does,
     `joint` and L are in the memory's decay, joint_ts = ρ_ts k_t·e_s, so that no ratio is above 1:
 
-    $$ L_{ts} L_{ss} = \mathrm{joint}_{ts} - \sum_{r<s} L_{tr} L_{sr}\, \lambda_{r+1}\cdots\lambda_s $$
+    $$ L_{ts} L_{ss} = \mathrm{joint}_{ts}
+       - \sum_{r<s} L_{tr} L_{sr}\, \lambda_{r+1}\cdots\lambda_s $$
 
     and keys' columns decay by λ a.
 
@@ -331,7 +333,7 @@ def eliminate(
         columns: e, (16, keys + 64).
         whitened: where u is left.
         inverse_deviation: (16,), where 1/L_tt is left.
-        keys: how many columns decay, 64 a warpgroup.
+        keys: how many columns decay, 64 a warpgroup; or 0.
         kept: λ, (16,); None for 1.
         interpret: whether the kernel is interpreted, which knows no shuffles.
     """
@@ -351,15 +353,15 @@ def _eliminate_plainly(
     entry = [[joint[m, n] for n in range(m + 1)] for m in range(BLOCK)]
     thread = index((WARPGROUP,), 0, _THREADS)
     ones = jnp.ones((WARPGROUP,), jnp.float32)
-    kept = [jnp.where(thread < 64, ones * decay[t], ones) for t in range(BLOCK)]
-    own, values = pl.ds(warpgroup * 64, 64), pl.ds(keys, 64)
+    kept = [jnp.where(thread < min(keys, 64), ones * decay[t], ones) for t in range(BLOCK)]
+    own, values = pl.ds(warpgroup * 64 if keys else 0, 64), pl.ds(keys, 64)
     column = [jnp.concatenate([columns[t, own], columns[t, values]]) for t in range(BLOCK)]
     for t in range(BLOCK):
         scale = lax.rsqrt(entry[t][t] + noise[t])
         column[t] = column[t] * scale
         whitened[t, own] = column[t][:64]
 
-        @pl.when(warpgroup == 0)
+        @pl.when(jnp.logical_and(warpgroup == 0, keys > 0))
         def _(t=t):
             whitened[t, values] = column[t][64:]
 
@@ -415,8 +417,8 @@ def _eliminate_by_shuffles(
     thread = arith.remui(gpu.thread_id(gpu.Dimension.x), at(WARPGROUP))
     lane = arith.remui(thread, at(BLOCK))
     one = arith.constant(f32, 1.0)
-    fading = arith.cmpi(arith.CmpIPredicate.ult, thread, at(64))
-    place, owned = thread, None
+    fading = arith.cmpi(arith.CmpIPredicate.ult, thread, at(min(keys, 64)))
+    place, owned = (thread if keys else arith.remui(thread, at(64))), None
     if keys > 64:
         warpgroup = arith.divui(gpu.thread_id(gpu.Dimension.x), at(WARPGROUP))
         first = arith.muli(warpgroup, at(64))

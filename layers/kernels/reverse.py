@@ -529,8 +529,11 @@ def recur(
 
 
 def asked_of_kept(rows: int, time: int, width: int) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """What is left of a restored covariance for λ's cotangent: `tied`, Ē; `ends`, P̄' of every
-    chunk; `entered`, ē·P k + v̄ x·P x of every token with the chunk's P."""
+    """What is left of a restored covariance for λ's cotangent.
+
+    `tied` is Ē, `ends` P̄' of every chunk, `entered` ē·P k + v̄ x·P x of every token with the
+    chunk's P.
+    """
     f32 = jnp.float32
     return {
         "tied": ((rows, time, width), f32),

@@ -1,0 +1,253 @@
+r"""What a segment of a sequence does to any belief that enters it, in one pass over its tokens.
+
+A segment's map of (M, P) is an element of the filtering scan (A, b, C, η, J): it says of its start
+what values do whose information is J and whose weighted sum is η, moves what results by A, and adds
+what it has found itself:
+
+$$ P^+ = (P^{-1} + J)^{-1},\quad M^+ = (M P^{-1} + \eta) P^+,\quad
+   M' = M^+ A + b,\quad P' = A^\top P^+ A + C. $$
+
+The recursion of `kernels.forward` from P = 0 finds all five. Beside M, which starts from 0, runs Φ,
+a memory that starts from I and to which 0 is written. With w and ŵ the whitened innovations of the
+two,
+
+$$ A = \Phi',\quad b = M',\quad C = P',\quad
+   J = \sum_t \hat w_t \hat w_t^\top,\quad \eta = -\sum_t w_t \hat w_t^\top. $$
+
+No matrix is inverted, and where nothing drifts P stays 0 and J is the sum of k kᵀ/r, to rounding.
+Where a document starts Φ becomes 0 and ŵ stays so.
+
+**Layout.** Warpgroup 0 holds P, warpgroup 1 M and η, warpgroup 2 Φ and J: 64 registers a thread.
+Warpgroup 0 whitens P's columns and M's, warpgroup 2 Φ's, each from its own factorisation of the
+same G, which has two places in turn. M in two bfloat16 pieces, everything else in three.
+
+Source: Särkkä & García-Fernández (2021), IEEE TAC 66(1), lemma 7; the maps are compared with the
+filter token by token in tests/test_kernels.py.
+"""
+
+from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from . import mosaic
+from .blocks import Rates
+from .covariance import (
+    CHUNK,
+    COVARIANCE_PIECES,
+    WIDTH,
+    across,
+    fetch,
+    identity,
+    narrow_block,
+    pieces_of,
+    turn,
+)
+from .forward import MEAN_PIECES, split
+from .mosaic import BLOCK, COLUMNS, along_columns, pairs, pieces
+
+States = Float[Array, "row key key"]
+
+SQUARE = WIDTH, WIDTH
+KEYS, VALUES, LOOP = (pl.ds(first, WIDTH) for first in (0, WIDTH, 2 * WIDTH))
+"""Columns of what is whitened: covariances with the memory, M's innovations, and Φ's."""
+
+
+class Element(NamedTuple):
+    """A segment's map of the belief that enters it, by the letters above."""
+
+    moved: States  # A
+    mean: States  # b
+    covariance: States  # C
+    evidence: States  # η
+    information: States  # J
+
+
+def elements(
+    key: Float[Array, "row time key"],
+    value: Float[Array, "row time value"],
+    rates: Rates,
+    *,
+    interpret: bool = False,
+) -> Element:
+    """The elements of rows of 64 values and 64 keys; time is a multiple of 64.
+
+    Args:
+        key: bfloat16 or float32, as are values.
+        value: what is written.
+        rates: of every token.
+        interpret: whether to run the kernel's simulation on a CPU.
+    """
+    rows, time, _ = key.shape
+    chunks, f32 = time // CHUNK, jnp.float32
+    half = key.dtype == jnp.bfloat16
+    depth, slots = (1, min(3, chunks)) if half else (COVARIANCE_PIECES, 1)
+    shared = mosaic.SMEM
+    plain, numbers = shared((slots, CHUNK, WIDTH), key.dtype), shared((slots, CHUNK), f32)
+    columns = shared((BLOCK, 3 * WIDTH + 4), f32)
+    pieced = shared((1, COVARIANCE_PIECES, WIDTH, BLOCK), jnp.bfloat16, transforms=mosaic.THIN)
+    sources = split(key, depth), key, value, *(part for part in rates if part is not None)
+    scratch = {
+        "keys": shared((slots, depth, CHUNK, WIDTH), jnp.bfloat16, transforms=mosaic.THIN),
+        "keys_plain": plain,
+        "values": plain,
+        **dict.fromkeys(("noises", "alphas", "drifts", "ends", "decays"), numbers),
+        "ratios": shared((slots, CHUNK, BLOCK), f32),
+        "deviations": shared((2, CHUNK), f32),
+        "columns": columns,
+        "whitened": columns,
+        "joint": shared((2, CHUNK, BLOCK), f32),
+        **dict.fromkeys(("drawn", "moved", "guided"), pieced),
+        "full": mosaic.barrier(num_arrivals=depth + len(sources) - 1, num_barriers=slots),
+        "free": mosaic.barrier(num_arrivals=2, num_barriers=slots),
+        "innovations_ready": mosaic.barrier(num_arrivals=2),
+        **dict.fromkeys(
+            ("joint_ready", "elimination_ready", "guided_ready"), mosaic.barrier(num_arrivals=1)
+        ),
+    }
+    run = mosaic.kernel(
+        partial(_body, names=tuple(scratch), chunks=chunks, slots=slots, interpret=interpret),
+        [jax.ShapeDtypeStruct((rows, *SQUARE), f32)] * len(Element._fields),
+        {"row": rows},
+        list(scratch.values()),
+        3,
+        interpret,
+    )
+    return Element(*run(*sources))
+
+
+def _body(*refs, names, chunks, slots, interpret):
+    given = len(refs) - len(names) - len(Element._fields)
+    sources, places = refs[:given], refs[given + len(Element._fields) :]
+    out = Element(*refs[given:][: len(Element._fields)])
+    named = {"kept": None, "faded": None} | dict(zip(names, places, strict=True))
+    here = SimpleNamespace(**named, interpret=interpret)
+    row, warpgroup = lax.axis_index("row"), lax.axis_index("wg")
+    lag = min(1, slots - 1)
+    thin = WIDTH, BLOCK
+    multiply = partial(mosaic.product, interpret=interpret)
+    load = mosaic.load
+    nothing = mosaic.zeros(SQUARE, mosaic.MATRIX)
+
+    def bring(chunk, slot):
+        fetch(here, sources, places[:given], row, chunk, slot)
+
+    def leave(ref, state):
+        ref.at[row][...] = state
+
+    def through_blocks(block, c, carry):
+        slot = lax.rem(c, slots)
+        mosaic.barrier_wait(here.full.at[slot])
+
+        def step(i, carry):
+            return block(slot, i * BLOCK, pl.ds(i * BLOCK, BLOCK), carry)
+
+        return lax.fori_loop(0, CHUNK // BLOCK, step, carry)
+
+    def innovate(state, count, slot, tokens, columns, written=None):
+        """Leave a memory's innovations to be whitened."""
+        keys = pieces_of(here.keys, slot, tokens)
+        expected = multiply(thin, pairs(pieces(state, count), keys, count))
+        expected = expected * along_columns(load(here.alphas.at[slot, tokens], COLUMNS), thin)
+        written = 0 if written is None else mosaic.load_transposed(written.at[slot, tokens])
+        mosaic.store_transposed(here.columns.at[:, columns], written - expected)
+
+    def update(state, surprise, count, slot, start, tokens):
+        """A memory after a block, given its whitened innovations."""
+        end = along_columns(load(here.ends.at[slot, tokens], COLUMNS), thin)
+        right = across(here.moved.at[0], count, KEYS)
+        moved = multiply(SQUARE, pairs(pieces(surprise * end, count), right, count))
+        return state * here.alphas[slot, start + BLOCK - 1] + moved
+
+    def told(surprise):
+        """What whitened innovations say of the start: their products with Φ's."""
+        right = across(here.guided.at[0], COVARIANCE_PIECES, KEYS)
+        left = pieces(surprise, COVARIANCE_PIECES)
+        return multiply(SQUARE, pairs(left, right, COVARIANCE_PIECES))
+
+    @pl.when(warpgroup == 0)
+    def _covariance():
+        for slot in range(slots):
+            bring(slot, slot)
+        block = narrow_block(reads=False)
+
+        def chunk(c, covariance):
+            after = through_blocks(
+                lambda slot, start, _, state: block(here, slot, start, state), c, covariance
+            )
+
+            @pl.when(jnp.logical_and(c >= lag, c - lag + slots < chunks))
+            def _():
+                done = lax.rem(c - lag, slots)
+                mosaic.barrier_wait(here.free.at[done])
+                if lag == 0:  # this warpgroup's own warps may be reading the chunk yet
+                    mosaic.commit_smem()
+                bring(c - lag + slots, done)
+
+            return after
+
+        (covariance,) = lax.fori_loop(0, chunks, chunk, (nothing,))
+        for c in range(chunks - slots, chunks):
+            mosaic.barrier_wait(here.free.at[c % slots])
+        leave(out.covariance, covariance)
+
+    @pl.when(warpgroup == 1)
+    def _mean():
+        def block(slot, start, tokens, carry):
+            mean, evidence = carry
+            innovate(mean, MEAN_PIECES, slot, tokens, VALUES, here.values)
+            mosaic.barrier_arrive(here.innovations_ready)
+            mosaic.barrier_wait(here.elimination_ready)
+            surprise = mosaic.load_transposed(here.whitened.at[:, VALUES])
+            mean = update(mean, surprise, MEAN_PIECES, slot, start, tokens)
+            mosaic.barrier_wait(here.guided_ready)
+            return mean, evidence - told(surprise)
+
+        def chunk(c, carry):
+            carry = through_blocks(block, c, carry)
+            mosaic.barrier_arrive(here.free.at[lax.rem(c, slots)])
+            return carry
+
+        mean, evidence = lax.fori_loop(0, chunks, chunk, (nothing, nothing))
+        leave(out.mean, mean)
+        leave(out.evidence, evidence)
+
+    @pl.when(warpgroup == 2)
+    def _loop():
+        def block(slot, start, tokens, carry):
+            loop, information = carry
+            innovate(loop, COVARIANCE_PIECES, slot, tokens, LOOP)
+            mosaic.barrier_arrive(here.innovations_ready)
+            mosaic.barrier_wait(here.joint_ready)
+            mosaic.eliminate(
+                here.joint.at[turn(start), tokens],
+                here.noises.at[slot, tokens],
+                here.decays.at[slot, tokens],
+                here.columns.at[:, LOOP],
+                here.whitened.at[:, LOOP],
+                here.deviations.at[1, tokens],
+                keys=0,
+                interpret=interpret,
+            )
+            surprise = mosaic.load_transposed(here.whitened.at[:, LOOP])
+            for piece, part in enumerate(pieces(surprise, COVARIANCE_PIECES)):
+                here.guided.at[0, piece][...] = part
+            mosaic.commit_smem()
+            mosaic.barrier_arrive(here.guided_ready)
+            information = information + told(surprise)
+            mosaic.barrier_wait(here.elimination_ready)
+            return update(loop, surprise, COVARIANCE_PIECES, slot, start, tokens), information
+
+        def chunk(c, carry):
+            carry = through_blocks(block, c, carry)
+            mosaic.barrier_arrive(here.free.at[lax.rem(c, slots)])
+            return carry
+
+        loop, information = lax.fori_loop(0, chunks, chunk, (identity(), nothing))
+        leave(out.moved, loop)
+        leave(out.information, information)

@@ -1,0 +1,247 @@
+r"""A few long sequences on a whole card: segments of a sequence at once, exactly.
+
+One program a head leaves most multiprocessors idle where heads are few. A sequence is then cut into
+S segments, about as many as fill the card:
+
+1. `kernels.elements` finds what each segment does to any belief that enters it, all side by side;
+2. `starts` goes through the S elements in turn, and so finds what enters each segment;
+3. `kernels.forward` filters all segments side by side from there.
+
+**Joining.** An element says of its start what 64 values with keys R and noise 1 would, where
+RᵀR = J. So `kernels.forward` itself finds what the belief that enters becomes: from mean I and P,
+over 64 such values of 0, it returns Υ = (I + J P)⁻¹ and P⁺ = P Υ, and M⁺ = M Υ + η P⁺. No matrix is
+inverted. R comes from the kernel too (`roots`): from covariance J, scaled to a diagonal of 1, it
+eliminates unit keys, and the whitened covariances that it leaves are rows of R. Their noise
+δ = 4e-6 keeps pivots positive that rounding might not, and takes from the information of a
+direction at most δ of that of the coordinates: about what float32 takes from J.
+
+**Gradient.** The closed loop of a segment and its derivative by P,
+
+$$ \Psi = \Upsilon A,\quad \Lambda = \eta - M^+ J, $$
+
+are kept, with which cotangents of what entered a segment and of what left it are
+
+$$ \bar M = \bar M'\Psi^\top + \text{own},\quad
+   \bar P = \mathrm{sym}(\Psi\bar P'\Psi^\top + \Lambda^\top\bar M'\Psi^\top) + \text{own}. $$
+
+`kernels.sweep` finds what is a segment's own, `ends` goes through the segments from the last to the
+first, and `reverse.recur` passes all segments side by side from there.
+
+**How many.** A chunk of 64 tokens takes about 12 µs in the elements' pass and 14 in the filter's; a
+segment's place in the joining 50. So rows × S is at most one wave of programs, and S at most √(N/2)
+for N chunks. S divides N, which `padded` makes easy; from 3 segments on it pays.
+"""
+
+from math import isqrt
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from . import reverse
+from .blocks import Rates, rates
+from .covariance import CHUNK, WIDTH
+from .elements import Element, elements
+from .forward import filter_blocks
+from .sweep import sweep
+
+FEWEST = 3
+"""Segments from which cutting pays."""
+ROOT_NOISE = 4e-6
+
+States = Float[Array, "row key key"]
+PerSegment = Float[Array, "row segment key key"]
+
+
+class Loops(NamedTuple):
+    """How a segment passes on a small change of the belief that enters it."""
+
+    closed: PerSegment  # Ψ
+    crossed: PerSegment  # Λ
+
+
+def padded(time: int) -> int:
+    """Tokens that a sequence is filled up to: whole chunks, at most 1/32 more of many.
+
+    Many chunks are made a multiple of a power of two, so that several numbers divide them.
+    """
+    chunks, step = -(-time // CHUNK), 1
+    while 64 * step <= chunks:
+        step *= 2
+    return -(-chunks // step) * step * CHUNK
+
+
+def most(chunks: int) -> int:
+    """Segments that a sequence is cut into at most, whatever the number of rows."""
+    return isqrt(chunks // 2)
+
+
+def count(rows: int, chunks: int) -> int:
+    """Segments that sequences are cut into; 1 where cutting does not pay."""
+    bound = min(most(chunks), reverse.PROCESSORS // max(rows, 1))
+    found = max((n for n in range(1, bound + 1) if chunks % n == 0), default=1)
+    return found if found >= FEWEST else 1
+
+
+def cut(array: Array, segments: int) -> Array:
+    """(row, time, ...) as (row segment, time of a segment, ...)."""
+    rows, time = array.shape[:2]
+    return array.reshape(rows * segments, time // segments, *array.shape[2:])
+
+
+def join(array: Array, segments: int) -> Array:
+    """The inverse of `cut`."""
+    rows, time = array.shape[:2]
+    return array.reshape(rows // segments, time * segments, *array.shape[2:])
+
+
+def starts(
+    key: Float[Array, "row time key"],
+    value: Float[Array, "row time value"],
+    given: Rates,
+    covariance: States,
+    mean: States,
+    segments: int,
+    *,
+    interpret: bool = False,
+) -> tuple[PerSegment, PerSegment, Loops]:
+    """Covariance and mean that enter each segment, and how segments but the last pass on changes.
+
+    Args:
+        key: of whole sequences, as are values.
+        value: what is written.
+        given: rates, of whole sequences, that restore nothing.
+        covariance: P before the first token.
+        mean: M before the first token.
+        segments: how many.
+        interpret: whether kernels are simulated on a CPU.
+    """
+    parts = Rates(*(None if part is None else cut(part, segments) for part in given))
+    found = elements(cut(key, segments), cut(value, segments), parts, interpret=interpret)
+    root = roots(found.information, interpret)
+
+    def by_segment(array: Array) -> Array:
+        by_row = array.reshape(-1, segments, *array.shape[1:])
+        return jnp.moveaxis(by_row[:, :-1], 1, 0)
+
+    rows = len(covariance)
+    unit = jnp.broadcast_to(jnp.eye(WIDTH), (rows, WIDTH, WIDTH))
+    nothing, tokens = jnp.zeros_like(unit), _unit_tokens(rows, 1.0)
+
+    def through(belief: tuple[States, States], moment: tuple[Element, States]):
+        covariance, mean = belief
+        element, root = moment
+        heard = filter_blocks(
+            root, nothing, nothing, tokens, covariance, unit, save=False, interpret=interpret
+        )
+        shrunk, posterior = heard["last_mean"], _symmetric(heard["last_covariance"])
+        # Products with the same right operand are made together.
+        told = jnp.concatenate([mean, element.evidence], axis=2)
+        informed = _product(told, jnp.concatenate([shrunk, posterior], axis=1))
+        left = jnp.concatenate([informed, posterior, shrunk], axis=1)
+        moved_mean, moved, closed = jnp.split(_product(left, element.moved), 3, axis=1)
+        after = _product(element.moved.mT, moved) + element.covariance
+        crossed = element.evidence - _product(informed, element.information)
+        next_belief = _symmetric(after), moved_mean + element.mean
+        return next_belief, (*next_belief, Loops(closed, crossed))
+
+    moments = jax.tree.map(by_segment, (found, root))
+    _, (covariances, means, loops) = lax.scan(through, (covariance, mean), moments)
+
+    def by_row(first: States, rest: Array) -> PerSegment:
+        return jnp.moveaxis(jnp.concatenate([first[None], rest]), 0, 1)
+
+    loops = jax.tree.map(lambda part: jnp.moveaxis(part, 0, 1), loops)
+    return by_row(covariance, covariances), by_row(mean, means), loops
+
+
+def roots(information: States, interpret: bool = False) -> States:
+    """R with RᵀR = J, of a positive semi-definite J that rounding may have made less."""
+    information = _symmetric(information)
+    deviation = jnp.sqrt(jnp.maximum(jnp.diagonal(information, axis1=1, axis2=2), 0))
+    scale = jnp.where(deviation > 0, 1 / jnp.where(deviation > 0, deviation, 1), 0)
+    scaled = information * scale[:, :, None] * scale[:, None, :]
+    rows = len(information)
+    unit = jnp.broadcast_to(jnp.eye(WIDTH, dtype=jnp.bfloat16), (rows, WIDTH, WIDTH))
+    nothing, tokens = jnp.zeros_like(unit), _unit_tokens(rows, ROOT_NOISE)
+    mean = jnp.zeros_like(scaled)
+    found = filter_blocks(
+        unit, nothing, nothing, tokens, scaled, mean, save=False, interpret=interpret
+    )
+    return found["whitened"][:, :, :WIDTH] * deviation[:, None, :]
+
+
+def filled(loops: Loops | None, rows: int, chunks: int) -> Float[Array, "row most two key key"]:
+    """Loops, and zeros in the place of more: as many whatever the number of segments."""
+    room = rows, most(chunks), len(Loops._fields), WIDTH, WIDTH
+    if loops is None:
+        return jnp.zeros(room)
+    stacked = jnp.stack(loops, axis=2)
+    return jnp.pad(stacked, [(0, 0), (0, most(chunks) - stacked.shape[1]), *[(0, 0)] * 3])
+
+
+def ends(
+    asked: tuple[Any, ...],
+    loops: Float[Array, "row most two key key"],
+    of_last_mean: States,
+    of_last_covariance: States,
+    segments: int,
+    *,
+    interpret: bool = False,
+) -> tuple[Float[Array, "part key key"], Float[Array, "part key key"]]:
+    """Cotangents of mean and covariance after each segment, rows as `cut` makes them.
+
+    Args:
+        asked: keys, queries, cotangents, numbers and what `reverse.local` found, for `sweep`.
+        loops: as `filled`.
+        of_last_mean: cotangent of the mean after the last token.
+        of_last_covariance: likewise.
+        segments: how many.
+        interpret: whether kernels are simulated on a CPU.
+    """
+    lasts = of_last_mean, of_last_covariance
+
+    def by_row(state: Float[Array, "part key key"]) -> PerSegment:
+        return state.reshape(-1, segments, WIDTH, WIDTH)
+
+    # What is asked of the last segment's end, and nothing of the others'.
+    before = [(0, 0), (segments - 1, 0), (0, 0), (0, 0)]
+    alone = (jnp.pad(last[:, None], before).reshape(-1, WIDTH, WIDTH) for last in lasts)
+    own = [by_row(state) for state in sweep(*asked, *alone, interpret=interpret)]
+    inner = slice(1, segments - 1)
+    loop = loops[:, inner]
+    moments = [part[:, inner] for part in own] + [loop[:, :, 0], loop[:, :, 1]]
+
+    def through(of_end: tuple[States, States], moment: list[States]):
+        own_mean, own_covariance, closed, crossed = moment
+        faded = _product(jnp.concatenate(of_end, axis=1), closed.mT)
+        turned = _product(jnp.concatenate([crossed.mT, closed], axis=2), faded)
+        of_start = faded[:, :WIDTH] + own_mean, _symmetric(turned) + own_covariance
+        return of_start, of_start
+
+    first = own[0][:, -1], own[1][:, -1]
+    by_segment = [jnp.moveaxis(part, 1, 0) for part in moments]
+    _, earlier = lax.scan(through, first, by_segment, reverse=True)
+
+    def joined(rest: Array, *later: States) -> Float[Array, "part key key"]:
+        whole = jnp.concatenate([rest, *(state[None] for state in later)])
+        return jnp.moveaxis(whole, 0, 1).reshape(-1, WIDTH, WIDTH)
+
+    return joined(earlier[0], first[0], lasts[0]), joined(earlier[1], first[1], lasts[1])
+
+
+def _unit_tokens(rows: int, noise: float) -> Rates:
+    """Rates of 64 tokens that neither decay nor drift."""
+    zero = jnp.zeros((rows, CHUNK))
+    never: Bool[Array, "row time"] = jnp.zeros((rows, CHUNK), bool)
+    return rates(jnp.full((rows, CHUNK), noise), zero, never, zero)
+
+
+def _product(left: Array, right: Array) -> Array:
+    return jnp.matmul(left, right, precision="highest")
+
+
+def _symmetric(square: Array) -> Array:
+    return (square + square.mT) / 2
