@@ -61,7 +61,8 @@ def compile_layer(
 
     Returns:
         A layer: `outputs, prediction = layer(x)`, x (time, d_model); `layer.memory.why` says why
-        its memory runs in the general form, where it does.
+        its memory runs in the general form, where it does, and `layer.memory.backend` what programs
+        run it: kernels, for a model whose rows share one covariance and whose keys do not mix.
 
     Raises:
         TypeError: `certificate` is not a certificate.

@@ -15,11 +15,13 @@ from inference.derivation import widen
 from inference.exact_filter import ExactFilter
 from inference.linear_gaussian import Belief as BlockBelief
 from inference.oracles import joint, nuts, simulation
+from inference.structure import MatrixKind
 
 from .coefficients import TOLERANCE, coefficients, why_not
 from .entries import Entries, entry_scan
 from .general import general_scan
 from .grid import cells, increments, not_cells, not_increments, prior_variances, rows_of
+from .kernels import refusal
 from .memory import Prediction, silent_at_padding
 from .packing import at_padding, at_tokens, document_starts, without_padding
 from .precision import in_range
@@ -47,7 +49,7 @@ def compile_filter(
 
     Returns:
         A memory over the model's own inputs: `memory(u, memory.init_state())`. `memory.why` says
-        why it is the general form, where it is.
+        why it is the general form, where it is, and `memory.backend` what programs run it.
 
     Raises:
         TypeError: `certificate` is not a certificate.
@@ -73,7 +75,13 @@ def compile_filter(
         raise ValueError(
             f'`algorithm` is "parallel", which takes the exact policy here, not {policy}: {reason}.'
         )
-    return GeneralMemory(exact, policy, algorithm or "token", reason)
+    return GeneralMemory(exact, policy, algorithm or _general_algorithm(policy), reason)
+
+
+def _general_algorithm(policy: Policy) -> Algorithm:
+    """In parallel where a device has the room for it, and the policy lets tokens be combined."""
+    parallel = isinstance(policy, Exact) and jax.default_backend() != "cpu"
+    return "parallel" if parallel else "token"
 
 
 def _verified(certificate: Certificate, model: DesignModel | None) -> ExactFilter:
@@ -97,7 +105,8 @@ def _keyed(exact: ExactFilter, policy: Policy, algorithm: Algorithm | None) -> "
     structure = exact.structure
     moves = structure.transition != "identity" or structure.drift != "zero"
     if not (isinstance(policy, Forget) and moves):
-        return KeyedMemory(exact, policy, algorithm or "chunked")
+        alike = bool(np.ptp(_prior_variances(exact)) <= TOLERANCE)
+        return KeyedMemory(exact, policy, algorithm or "chunked", alike=alike)
     why = "the evidence of a memory that decays or drifts is forgotten token by token"
     if algorithm not in (None, "token"):
         raise ValueError(f"`algorithm` is {algorithm!r}, which does not apply: {why}.")
@@ -108,10 +117,13 @@ def _policy_needs_more(exact: ExactFilter, policy: Policy) -> str:
     """Why a policy's fast form does not apply to this regression memory; "" where it does."""
     if isinstance(policy, Diagonal | Isotropic) and exact.structure.observations > 1:
         return f"a token has several observations, which {policy} absorbs together"
-    variances = np.asarray(jnp.diagonal(exact.initial().covariance[0]))
-    if isinstance(policy, Isotropic) and np.ptp(variances) > TOLERANCE:
+    if isinstance(policy, Isotropic) and np.ptp(_prior_variances(exact)) > TOLERANCE:
         return "keys differ in their prior variance, and one variance is kept"
     return ""
+
+
+def _prior_variances(exact: ExactFilter) -> np.ndarray:
+    return np.asarray(jnp.diagonal(exact.initial().covariance[0]))
 
 
 class KeyedMemory(eqx.Module):
@@ -122,12 +134,14 @@ class KeyedMemory(eqx.Module):
         rule: what is done to its covariance; `Additive` where values are added, not compared.
         algorithm: how sequences are computed.
         why: why they are not computed in chunks, where they cannot be.
+        alike: whether keys are known to have the same prior variance.
     """
 
     exact: ExactFilter = eqx.field(static=True)
     rule: Policy | Additive = eqx.field(static=True)
     algorithm: Algorithm = eqx.field(static=True)
     why: str = eqx.field(static=True, default="")
+    alike: bool = eqx.field(static=True, default=False)
 
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:
@@ -138,16 +152,46 @@ class KeyedMemory(eqx.Module):
         whole = self.exact.partition.states
         return len(rows_of(self.exact)) if isinstance(self.rule, Additive) else whole.shape[1]
 
+    @property
+    def backend(self) -> str:
+        """What programs run whole sequences, in a sentence."""
+        reason = self.kernel_refusal()
+        if reason is None:
+            return "Pallas kernels on Hopper GPUs, forward and backward; XLA in chunks elsewhere."
+        form = "token by token" if self.algorithm == "token" else "parallel in time"
+        if self.algorithm == "chunked":
+            form = "in chunks of tokens"
+        return f"XLA, {form}; no kernel, as {reason}."
+
+    def kernel_refusal(self) -> str | None:
+        """Why no kernel takes this memory's sequences in float32; None where one does."""
+        reasons = []
+
+        def ask(u):
+            stream, _, _, prior = self._stream(u, None, None)
+            state = self.init_state()
+            reasons.append(refusal(stream, state, prior, self.rule, self.algorithm))
+
+        with jax.enable_x64(False):
+            jax.eval_shape(ask, {name: array[:1] for name, array in self.exact.examples.items()})
+        return reasons[0]
+
     def init_state(self) -> Belief:
         """The prior, as the rule keeps it."""
         prior = self._prior()
-        return initial_belief(self.rule, self.value_width, len(prior), prior)
+        return initial_belief(self.rule, self.value_width, self._key_width, prior)
 
-    def _prior(self) -> Float[Array, " key"]:
-        """Variances of a row's entries, which are not correlated."""
+    @property
+    def _key_width(self) -> int:
+        states = self.exact.partition.states
+        return len(rows_of(self.exact)[0]) if isinstance(self.rule, Additive) else states.shape[2]
+
+    def _prior(self) -> Float[Array, "*key"]:
+        """Variances of a row's entries, which are not correlated; one where they are alike."""
         if isinstance(self.rule, Additive):
             return prior_variances(self.exact)[0]
-        return jnp.diagonal(self.exact.initial().covariance[0])
+        variances = jnp.diagonal(self.exact.initial().covariance[0])
+        return variances[0] if self.alike else variances
 
     def __call__(self, u, state, *, segment_ids=None, mask=None):
         starts = None if segment_ids is None else document_starts(segment_ids, mask)
@@ -158,7 +202,12 @@ class KeyedMemory(eqx.Module):
         prediction, state = self._run(now, state, None, None, "token")
         return jax.tree.map(lambda part: part[0], prediction), state
 
-    def _run(self, u, state, starts, mask, algorithm) -> tuple[Prediction, Belief]:
+    def _stream(self, u, starts, mask):
+        """What `filter_scan` takes; the coefficients; the mirror that they are seen in."""
+        shapes = {name: array.shape[1:] for name, array in u.items()}
+        certified = self.exact.structure.kind == "shared rows" and all(
+            shapes[name] == shape for name, shape in self.inputs.items()
+        )
         u, prior = at_tokens(u, self.exact.examples, mask), self._prior()
         form = increments if isinstance(self.rule, Additive) else coefficients
         find = jax.checkpoint(lambda u: form(self.exact, u))
@@ -170,13 +219,19 @@ class KeyedMemory(eqx.Module):
         mirror = jnp.cumprod(jnp.where(mirrored, -1.0, 1.0), axis=0)
         size = jnp.maximum(jnp.abs(found.decay), jnp.finfo(found.decay.dtype).tiny ** 0.5)
         rate = u.get(self.rule.rate) if isinstance(self.rule, Forget) else None
+        drift = self.exact.structure.drift
+
+        def narrow(rates, kind: MatrixKind):
+            """One number a token where all keys have the same."""
+            return rates if kind == "diagonal" or not certified else rates[:, 0]
+
         stream = Stream(
             found.key * mirror[:, None],
             found.value,
             found.query * mirror,
             found.noise,
-            None if self._moves == "identity" else jnp.log(size),
-            None if self.exact.structure.drift == "zero" else found.drift,
+            None if self._moves == "identity" else narrow(jnp.log(size), self._moves),
+            None if drift == "zero" else narrow(found.drift, drift),
             starts,
             rate,
         )
@@ -190,6 +245,10 @@ class KeyedMemory(eqx.Module):
             stream = without_padding(stream, mask)
         if not isinstance(self.rule, Additive):  # whose noise only widens what is said
             stream = _checked(stream, prior if isinstance(self.rule, Exact | Forget) else None)
+        return stream, found, mirror, prior
+
+    def _run(self, u, state, starts, mask, algorithm) -> tuple[Prediction, Belief]:
+        stream, found, mirror, prior = self._stream(u, starts, mask)
         state, reading = filter_scan(stream, prior, self.rule, initial=state, algorithm=algorithm)
         if self._moves != "identity" and len(mirror):
             state = _mirrored(state, mirror[-1])
@@ -205,7 +264,7 @@ class KeyedMemory(eqx.Module):
         return self.exact.structure.transition
 
 
-def _checked(stream: Stream, prior: Float[Array, " key"] | None) -> Stream:
+def _checked(stream: Stream, prior: Float[Array, "*key"] | None) -> Stream:
     """Refuse noise that is not positive, or too small for a float32 covariance."""
     noise = eqx.error_if(stream.noise, stream.noise <= 0, "the model's noise is not positive")
     if prior is not None:
@@ -234,6 +293,11 @@ class CellMemory(eqx.Module):
     exact: ExactFilter = eqx.field(static=True)
     rule: Exact | Reset = eqx.field(static=True)
     why: str = eqx.field(static=True, default="")
+
+    @property
+    def backend(self) -> str:
+        """What programs run whole sequences, in a sentence."""
+        return "XLA, in blocks of tokens; no kernel, as every entry is filtered by itself."
 
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:
@@ -282,6 +346,12 @@ class GeneralMemory(eqx.Module):
     policy: Policy = eqx.field(static=True)
     algorithm: Algorithm = eqx.field(static=True)
     why: str = eqx.field(static=True)
+
+    @property
+    def backend(self) -> str:
+        """What programs run whole sequences, in a sentence."""
+        form = "parallel in time" if self.algorithm == "parallel" else "token by token"
+        return f"XLA, {form}; no kernel, as {self.why}."
 
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:

@@ -46,6 +46,8 @@ def print_outcome(console: Console, outcome: Outcome) -> None:
         )
     console.print(Text(f"In the catalogue: {record['kinship']['words']}."))
     console.print(Text(f"Compiled paths: {', '.join(record['paths'])} ({record['why_paths']})."))
+    if "backend" in record:
+        console.print(Text(f"Compiled layers run as: {record['backend']}"))
     verdict = "verified" if outcome.holds else "NOT verified"
     style = "bold green" if outcome.holds else "bold red"
     console.print(Text(f"{verdict} in {record['seconds']:.0f} s, seed {record['seed']}", style))

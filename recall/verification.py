@@ -14,6 +14,7 @@ import jax
 from design_models import CATALOGUE
 from inference import Certificate, NotLinearGaussian, verify
 from inference.oracles import joint, nuts, simulation, textbook
+from layers import compile_filter
 
 from .user_files import Subject
 
@@ -37,7 +38,7 @@ class Outcome:
 def verify_subject(
     subject: Subject, *, seed: int, progress: Callable[[str], None]
 ) -> tuple[Outcome, Certificate | None]:
-    """Verify one subject; a refusal is an outcome, not an error."""
+    """Verify one subject, and say what would run it; a refusal is an outcome, not an error."""
     try:
         certificate = verify(
             subject.model, name=subject.name, policy=subject.policy, seed=seed, progress=progress
@@ -54,7 +55,10 @@ def verify_subject(
         return Outcome(
             subject.name, {"name": subject.name, "holds": False, "refused": refused}
         ), None
-    return Outcome(subject.name, certificate.record()), certificate
+    record = certificate.record()
+    if certificate.holds:
+        record["backend"] = compile_filter(certificate).backend
+    return Outcome(subject.name, record), certificate
 
 
 def _file_and_line(location: str) -> dict[str, Any]:

@@ -168,6 +168,7 @@ def test_the_model_that_new_writes_verifies_as_it_stands(started, tmp_path, caps
         "In the catalogue: ",
         "bayesian_layer",
         "Compiled paths: token",
+        "Compiled layers run as: Pallas kernels on Hopper GPUs",
         "verified in",
     ):
         assert part in said.out

@@ -259,6 +259,8 @@ def test_a_compiled_model_outside_the_catalogue_is_its_filter(name):
     assert isinstance(memory, GeneralMemory if reason else KeyedMemory)
     assert reason in memory.why
     assert memory.algorithm == ("token" if reason else "chunked")
+    assert memory.backend.startswith("XLA, token by token" if reason else "Pallas kernels")
+    assert memory.backend.endswith(f"no kernel, as {memory.why}." if reason else "elsewhere.")
     assert memory.value_width == (6 if name == "two queries" else 3)
     u = model.draw_inputs(jax.random.key(2), STEPS)
     forms = [memory]

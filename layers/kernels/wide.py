@@ -40,6 +40,10 @@ from .reverse import (
     restores,
 )
 
+_NUMBERS = 8
+"""Numbers a token that there is room for; a ninth, of a restoration, takes the last one's place,
+which nothing reads here."""
+
 
 def recur(
     key: Float[Array, "row piece time key"],
@@ -83,8 +87,8 @@ def recur(
         "states": operand(PIECES, WIDTH, width),
         "small": operand(PIECES, *SQUARE),
         "reads": operand(PIECES, *SQUARE),
-        "vectors": mosaic.SMEM((1, *numbers.shape[2:]), f32),
-        "handed": mosaic.barrier(num_arrivals=1 + 2 * PIECES),
+        "vectors": mosaic.SMEM((1, _NUMBERS, CHUNK), f32),
+        "handed": mosaic.barrier(num_arrivals=1 + restores(numbers) + 2 * PIECES),
         "arrived": mosaic.barrier(num_arrivals=2 * depth + PIECES),
         "mean_there": mosaic.barrier(num_arrivals=PIECES),
         "covariance_there": mosaic.barrier(num_arrivals=PIECES),
@@ -110,7 +114,7 @@ def _recur(*refs, names, places, chunks, interpret):
     out = dict(zip(names, refs[13 : 13 + len(names)], strict=True))
     place = dict(zip(places, refs[13 + len(names) :], strict=True))
     row, share = lax.axis_index("row"), lax.axis_index("wg")
-    width = key.shape[-1]
+    width, restored = key.shape[-1], "tied" in names
     broad = Share(share, width // SHARES, interpret)
 
     def find():
@@ -146,7 +150,11 @@ def _recur(*refs, names, places, chunks, interpret):
 
         @pl.when(share == 0)
         def _():
-            mosaic.copy_in(numbers_in.at[row, c], place["vectors"].at[0], place["handed"])
+            first = pl.ds(0, _NUMBERS - restored)
+            source, target = numbers_in.at[row, c], place["vectors"].at[0]
+            mosaic.copy_in(source.at[first], target.at[first], place["handed"])
+            if restored:
+                mosaic.copy_in(source.at[_NUMBERS], target.at[_NUMBERS - 1], place["handed"])
             bring("weights", weights_in, "handed")
             bring("small", explained_in, "handed")
             bring("reads", reads_in, "arrived")
@@ -163,6 +171,8 @@ def _recur(*refs, names, places, chunks, interpret):
 
         mosaic.barrier_wait(place["handed"])
         numbers = numbers_of(place["vectors"].at[0])
+        if restored:
+            numbers = numbers._replace(faded=numbers.inverse_deviation)
         kept = numbers.alpha[CHUNK - 1]
         through = kept * kept
         if numbers.faded is not None:
