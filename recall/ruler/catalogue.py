@@ -1,4 +1,4 @@
-"""RULER's tasks by name: what is drawn, how it is scored, and whether it is upstream's to the letter.
+"""RULER's tasks by name: what is drawn, and how what is said is scored.
 
 A name that ends in _prose is upstream's task without its essays, on prose of the public domain.
 """

@@ -114,9 +114,7 @@ def measure(
         ModelError: texts do not fit in the length.
     """
     start, answers = time.perf_counter(), []
-    drawn = islice(
-        task.samples(length, texts.seed, vocabulary.count, texts.prose), texts.samples
-    )
+    drawn = islice(task.samples(length, texts.seed, vocabulary.count, texts.prose), texts.samples)
     while batch := list(islice(drawn, speaker.rows(length))):
         stage(f"{task.name} at {length}: {len(answers)} of {texts.samples}")
         read = [vocabulary.read(sample.prompt) for sample in batch]

@@ -86,8 +86,8 @@ def _numbered(drawn: Sequence[str]) -> str:
 class FrequentWords:
     """Coded words in a text, the word of rank r a number of times ∝ 1/r²; ranks 2 to 4 are asked.
 
-    The first rank's are dots. Upstream leaves no room for the answer; here it is part of the length,
-    so that a text of L tokens is upstream's of L - `answer`.
+    The first rank's are dots. Upstream leaves no room for the answer; here it is part of the
+    length, so that a text of L tokens is upstream's of L - `answer`.
 
     Args:
         answer: tokens that are generated.

@@ -80,9 +80,7 @@ class Generator:
         with jax.default_matmul_precision("highest" if self._in_full else "default"):
             first, states = _read(self._model, jnp.asarray(tokens), jnp.asarray(mask))
             said = _say(self._model, first, states, self._end, jnp.asarray(count), self._most)
-        return [
-            _before_end(row[:count], self._end) for row in np.asarray(said)[: len(texts)]
-        ]
+        return [_before_end(row[:count], self._end) for row in np.asarray(said)[: len(texts)]]
 
     @property
     def _in_full(self) -> bool:

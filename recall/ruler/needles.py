@@ -20,9 +20,7 @@ from .words import adjectives_with_nouns
 
 Kind = Literal["words", "numbers", "uuids"]
 
-NOISE = (
-    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-)
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 _NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 _ONE = (
     "A special magic {kind} is hidden within the following text. Make sure to memorize it. "
@@ -124,9 +122,7 @@ class Needles:
         return "\n".join(lines)
 
 
-def _among_sentences(
-    needles: Sequence[str], sentences: Sequence[str], rng: random.Random
-) -> str:
+def _among_sentences(needles: Sequence[str], sentences: Sequence[str], rng: random.Random) -> str:
     depths = rng.sample(_DEPTHS, len(needles))
     places = [0, *sorted(int(len(sentences) * (depth / 100)) for depth in depths)]
     parts = []
