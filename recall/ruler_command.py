@@ -98,6 +98,7 @@ def _run(request: argparse.Namespace, status: Status) -> tuple[int, Any]:
     from .ruler.inputs import chosen_tasks, digest, first_samples, read_prose
     from .ruler.report import cells_table, plot_cells
     from .ruler.tokens import vocabulary_of
+    from .ruler.words import edition
 
     start = time.perf_counter()
     tasks = chosen_tasks(request.tasks, request.qa)
@@ -111,6 +112,7 @@ def _run(request: argparse.Namespace, status: Status) -> tuple[int, Any]:
         "samples": request.samples,
         "seed": request.seed,
         "dtype": request.dtype,
+        "words": edition(),
     }
     settings = {
         task.name: setting

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from design_models import ModelError
 from layers import Block, LanguageModel
 
 Dtype = Literal["float32", "bfloat16"]
@@ -77,10 +78,24 @@ class Generator:
         for row, text in enumerate(texts):
             tokens[row, length - len(text) :] = text
             mask[row, length - len(text) :] = True
+        try:
+            said = self._said(tokens, mask, count)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise ModelError(
+                f"`--rows` is {rows}: the device has no memory for so many texts of {length} "
+                "tokens at once; give fewer."
+            ) from error
+        return [_before_end(row[:count], self._end) for row in said[: len(texts)]]
+
+    def _said(
+        self, tokens: Int[np.ndarray, "row time"], mask: Bool[np.ndarray, "row time"], count: int
+    ) -> Int[np.ndarray, "row said"]:
         with jax.default_matmul_precision("highest" if self._in_full else "default"):
-            first, states = _read(self._model, jnp.asarray(tokens), jnp.asarray(mask))
-            said = _say(self._model, first, states, self._end, jnp.asarray(count), self._most)
-        return [_before_end(row[:count], self._end) for row in np.asarray(said)[: len(texts)]]
+            logits, states = _read(self._model, jnp.asarray(tokens), jnp.asarray(mask))
+            idle, limit = jnp.asarray(~mask.any(axis=1)), jnp.asarray(count)
+            return np.asarray(_say(self._model, logits, states, idle, self._end, limit, self._most))
 
     @property
     def _in_full(self) -> bool:
@@ -122,6 +137,7 @@ def _say(
     model: LanguageModel,
     logits: Float[Array, "row token"],
     states: tuple[Any, ...],
+    idle: Bool[Array, " row"],
     end: Int[Array, " end"],
     count: Int[Array, ""],
     most: int,
@@ -144,5 +160,5 @@ def _say(
         return place + 1, chosen(logits), states, ended, said
 
     said = jnp.full((rows, most), -1, jnp.int32)
-    first = (jnp.asarray(0), chosen(logits), states, jnp.zeros(rows, bool), said)
+    first = (jnp.asarray(0), chosen(logits), states, idle, said)
     return jax.lax.while_loop(goes_on, say, first)[-1]

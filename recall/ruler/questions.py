@@ -1,7 +1,7 @@
 """Questions about one document among many, from a file that the user has.
 
-Source: RULER's `qa_1` (SQuAD) and `qa_2` (HotpotQA); the data are not ours to give. A question whose
-own documents alone are too long is passed over, where upstream would try for ever.
+Source: RULER's `qa_1` (SQuAD) and `qa_2` (HotpotQA); the data are not ours to give. A question
+whose own documents alone are too long is passed over, where upstream would try for ever.
 """
 
 import json

@@ -11,8 +11,7 @@ the same mean does, and the interval is wider than it need be.
 import math
 import re
 from collections.abc import Sequence
-
-from scipy.stats import norm
+from statistics import NormalDist
 
 _UNPRINTABLE = re.compile(r"[\x00-\x1f]")
 
@@ -35,7 +34,7 @@ def _cleaned(said: str) -> str:
 
 def interval(mean: float, count: int, level: float = 0.95) -> tuple[float, float]:
     """Wilson's interval of a mean of `count` scores in [0, 1]."""
-    z = norm.ppf((1 + level) / 2)
+    z = NormalDist().inv_cdf((1 + level) / 2)
     centre = mean + z**2 / (2 * count)
     half = z * math.sqrt(mean * (1 - mean) / count + z**2 / (4 * count**2))
     scale = 1 + z**2 / count

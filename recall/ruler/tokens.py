@@ -41,14 +41,14 @@ class Vocabulary:
             numbers = numbers[:-1]
         if numbers and max(numbers) >= self.size:
             raise ModelError(
-                f"tokenizer.json gives token {max(numbers)}, but the model has {self.size}; put the "
-                "tokenizer that it was trained with into its folder."
+                f"tokenizer.json gives token {max(numbers)}, but the model has {self.size}; put "
+                "the tokenizer that it was trained with into its folder."
             )
         return np.asarray(numbers, np.int32)
 
-    def words(self, said: Sequence[int]) -> str:
+    def words(self, said: Int[np.ndarray, " token"]) -> str:
         """The text of what is said."""
-        return self.tokenizer.decode(list(said), skip_special_tokens=True)
+        return self.tokenizer.decode(said.tolist(), skip_special_tokens=True)
 
 
 def vocabulary_of(beside: Mapping[str, bytes], size: int) -> Vocabulary:

@@ -6,6 +6,7 @@ Source: RULER's variable tracking (`vt`), with its one worked example in front o
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from string import ascii_uppercase
 
 import numpy as np
@@ -16,8 +17,8 @@ from .samples import Room, Sample, fitting, largest
 _TEXT = (
     "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
     "{context}\nQuestion: Find all variables that are assigned the value {value} in the text above."
-    " Answer: According to the chain(s) of variable assignment in the text above, {count} variables "
-    "are assigned the value {value}, they are: "
+    " Answer: According to the chain(s) of variable assignment in the text above, {count} "
+    "variables are assigned the value {value}, they are: "
 )
 _EXAMPLE_LENGTH, _EXAMPLE_VALUE = 500, "12345"
 
@@ -90,9 +91,7 @@ class _Draws:
         names = names[: self.hops + 1]
         value = self._value() if value is None else value
         chain = [f"VAR {names[0]} = {value}"]
-        chain += [
-            f"VAR {later} = VAR {name} " for name, later in zip(names, names[1:], strict=False)
-        ]
+        chain += [f"VAR {later} = VAR {name} " for name, later in pairwise(names)]
         lines = [NOISE] * size
         places = sorted(self.rng.sample(range(size), len(chain)))
         for number, (place, line) in enumerate(zip(places, chain, strict=True)):

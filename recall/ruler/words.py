@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
+from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 from typing import Literal, overload
 
@@ -70,6 +71,14 @@ class Pairs(Sequence[str]):
         if number in self._mingled:
             return self._mingled[number][place]
         return self._groups[number][0] + self._seconds[place]
+
+
+def edition() -> str | None:
+    """Which lists they are; None where there are none."""
+    try:
+        return f"wonderwords {version('wonderwords')}"
+    except PackageNotFoundError:
+        return None
 
 
 @cache
