@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -18,9 +18,10 @@ from .catalogue import Task
 from .scores import interval
 from .tokens import Vocabulary
 
-Tokens = Int[np.ndarray, " token"]
+Tokens = Int[np.ndarray, "_"]
 
 
+@runtime_checkable
 class Speaker(Protocol):
     """Whatever goes on with texts; `generation.Generator` does."""
 

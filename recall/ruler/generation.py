@@ -17,11 +17,11 @@ from design_models import ModelError
 from layers import Block, LanguageModel
 
 Dtype = Literal["float32", "bfloat16"]
-Tokens = Int[np.ndarray, " token"]
+Tokens = Int[np.ndarray, "_"]
 
-_NUMBERS_AT_ONCE = {"gpu": 2**28, "tpu": 2**28}
-_FEW_NUMBERS_AT_ONCE = 2**22
-"""Bounds rows × tokens × d_model."""
+_NUMBERS_AT_ONCE = {"gpu": 2**27, "tpu": 2**27}
+_FEW_NUMBERS_AT_ONCE, _MOST_ROWS = 2**22, 128
+"""Bounds rows × tokens × d_model, and rows, whose states are large where texts are short."""
 
 
 class Generator:
@@ -59,7 +59,7 @@ class Generator:
         if self._rows is not None:
             return self._rows
         numbers = _NUMBERS_AT_ONCE.get(jax.default_backend(), _FEW_NUMBERS_AT_ONCE)
-        return max(1, min(256, numbers // (length * self._model.embedding.shape[1])))
+        return max(1, min(_MOST_ROWS, numbers // (length * self._model.embedding.shape[1])))
 
     def __call__(self, texts: Sequence[Tokens], length: int, count: int) -> list[Tokens]:
         """What the model says after each text, greedily.

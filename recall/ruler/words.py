@@ -64,6 +64,7 @@ class Pairs(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
+        index += len(self) if index < 0 else 0
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = bisect_right(self._ends, index)
