@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .option_types import whole
 from .terminal import Status, console
 
 TASK_NAMES = (
@@ -41,7 +42,7 @@ def add_ruler_options(command: argparse.ArgumentParser) -> None:
         type=_names,
         metavar="NAME,...",
         help=f"{', '.join(TASK_NAMES)}; qa_1 or qa_2 with --qa (default: all). Those in _prose are "
-        "RULER's on other prose; the rest are RULER's to the letter",
+        "RULER's on other prose; the other six are RULER's to the letter",
     )
     command.add_argument(
         "--lengths",
@@ -51,10 +52,10 @@ def add_ruler_options(command: argparse.ArgumentParser) -> None:
         help="tokens of a text, answer included, in the model's own (default 1024,2048,4096,8192)",
     )
     command.add_argument(
-        "--samples", type=_positive, default=500, metavar="N", help="of each cell (default 500)"
+        "--samples", type=whole(1), default=500, metavar="N", help="of each cell (default 500)"
     )
     command.add_argument(
-        "--seed", type=_whole, default=42, help="of all texts (default 42, RULER's own)"
+        "--seed", type=whole(0), default=42, help="of all texts (default 42, RULER's own)"
     )
     command.add_argument(
         "--prose",
@@ -75,10 +76,10 @@ def add_ruler_options(command: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="of activations; bfloat16 is several times faster on a GPU (default float32)",
+        help="of activations (default float32)",
     )
     command.add_argument(
-        "--rows", type=_positive, metavar="N", help="texts at once (default: as memory allows)"
+        "--rows", type=whole(1), metavar="N", help="texts at once (default: as memory allows)"
     )
 
 
@@ -190,15 +191,3 @@ def _lengths(text: str) -> tuple[int, ...]:
     if not parts or not all(part.isdigit() and int(part) >= 1 for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} are no lengths; give some, as in 1024,2048")
     return tuple(sorted({int(part) for part in parts}))
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
-    return int(text)
-
-
-def _whole(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a seed; give a whole number from 0")
-    return int(text)

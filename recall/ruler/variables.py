@@ -1,6 +1,8 @@
 """Chains of variables that hand on a value, hidden in noise: which have the value?
 
 Source: RULER's variable tracking (`vt`), with its one worked example in front of every question.
+Upstream counts the example's tokens before its names are changed; here the whole text is counted,
+so that another is drawn where it has become too long.
 """
 
 import random
