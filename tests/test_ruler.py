@@ -39,7 +39,7 @@ from recall.ruler.tokens import vocabulary_of
 from recall.ruler.words import Pairs, adjectives_with_nouns
 from recall.ruler_command import TASK_NAMES
 
-GOLDEN = json.loads((Path(__file__).parent / "data" / "ruler_golden.json").read_text())["cells"]
+UPSTREAM = json.loads((Path(__file__).parent / "data" / "ruler_golden.json").read_text())
 SETTINGS = {
     "model_type": "gated_deltanet",
     "vocab_size": 257,
@@ -93,15 +93,21 @@ def the_words() -> list[str]:
 # -- texts ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "golden", GOLDEN, ids=lambda one: f"{one['task']}-{one['length']}-{one['seed']}"
-)
+def named(golden) -> str:
+    return f"{golden['task']}-{golden['length']}-{golden['seed']}"
+
+
+def fingerprint(samples) -> str:
+    joined = "\n".join("\x1f".join([one.prompt, *one.answers]) for one in samples)
+    return sha256(joined.encode()).hexdigest()
+
+
+@pytest.mark.parametrize("golden", UPSTREAM["cells"], ids=named)
 def test_texts_are_upstreams_to_the_letter(golden):
     drawn = TASKS[golden["task"]].samples(golden["length"], golden["seed"], word_count, ())
     samples = list(islice(drawn, 3))
-    joined = "\n".join("\x1f".join([one.prompt, *one.answers]) for one in samples)
     assert samples[0].answers == tuple(golden["answers"])
-    assert sha256(joined.encode()).hexdigest() == golden["sha256"]
+    assert fingerprint(samples) == golden["sha256"]
 
 
 @pytest.mark.parametrize("length", [1024, 4096])
@@ -217,6 +223,16 @@ def test_questions_are_asked_with_their_own_documents_among_others(tmp_path, dat
         numbers = [int(n) for n in re.findall(r"Document (\d+):\n", sample.prompt)]
         assert numbers == list(range(1, len(numbers) + 1))
         assert sample.prompt.endswith(" Answer:")
+
+
+@pytest.mark.parametrize("golden", UPSTREAM["questions"], ids=named)
+def test_questions_are_upstreams_to_the_letter(tmp_path, golden):
+    file = tmp_path / "qa.json"
+    short = [one for number, one in enumerate(HOTPOT) if number != 1]  # which all fit
+    file.write_text(json.dumps(SQUAD if golden["task"] == "qa_1" else short))
+    drawn = question_task(*read_questions(file))
+    samples = drawn.samples(golden["length"], golden["seed"], word_count, ())
+    assert fingerprint(islice(samples, 11)) == golden["sha256"]
 
 
 # -- scores --------------------------------------------------------------------------------------
