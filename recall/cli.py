@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from .collide_command import add_collide_options, run_collide
 from .convert_command import add_convert_options, run_convert
+from .ruler_command import add_ruler_options, run_ruler
 from .task_options import TASK_NAMES, add_row_options, chosen_rows
 from .terminal import Status, console
 from .train_commands import (
@@ -262,6 +263,16 @@ def _parser() -> argparse.ArgumentParser:
         "         mbd convert checkpoint --out written_back",
     )
     add_convert_options(convert)
+
+    ruler = _command(
+        commands,
+        "ruler",
+        run_ruler,
+        "measure how well a checkpoint finds things in long texts, with RULER's tasks",
+        "mbd ruler checkpoint --out runs/ruler --lengths 1024,2048 --samples 100\n"
+        "         mbd ruler checkpoint --out runs/ruler --tasks niah_single_1,vt --dtype bfloat16",
+    )
+    add_ruler_options(ruler)
 
     bench = _command(
         commands,

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .option_types import whole
 from .terminal import Status, console
 
 STUDY_NAMES = ("one_key", "confidence", "overlap", "crowd", "forgetting", "reliability")
@@ -28,10 +29,10 @@ def add_collide_options(command: argparse.ArgumentParser) -> None:
         help="of noise to prior variance, as layers take it (default 0.1); a delta rule's β is "
         "1/(1 + RATIO)",
     )
-    command.add_argument("--seed", type=_whole(0), default=0, help="of all draws (default 0)")
+    command.add_argument("--seed", type=whole(0), default=0, help="of all draws (default 0)")
     command.add_argument(
         "--seeds",
-        type=_whole(2),
+        type=whole(2),
         default=16,
         metavar="N",
         help="draws of keys (default 16)",
@@ -97,12 +98,3 @@ def _noise(text: str) -> float:
     if not 0 < noise < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a ratio; give a number above 0")
     return noise
-
-
-def _whole(least: int) -> Any:
-    def whole(text: str) -> int:
-        if not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
-        return int(text)
-
-    return whole
