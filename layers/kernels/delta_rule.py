@@ -125,7 +125,7 @@ def _backward(documents: bool, head: DeltaHead, cotangents):
         return jax.vjp(run, *numbers)[1]((of_outputs, of_last))
 
     found: Any = over_rows(rows)(*cotangents, document, *numbers)
-    return (DeltaHead(*found, document=None),)  # type: ignore[arg-type]
+    return (DeltaHead(*found, None),)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 _head.defvjp(_forward, _backward)

@@ -83,7 +83,7 @@ def run_rows(
         keep: blocks whose mixers' inputs and outputs are wanted.
         lean: whether a gradient computes each block again instead of keeping what is in it.
     """
-    x = model.embedding.astype(compute)[batch.inputs]
+    x = model.embedding[batch.inputs].astype(compute)  # whose gradient is then summed in float32
     normed, mixed = {}, {}
 
     def through(block: Block, x: Array) -> tuple[Array, Array, Array]:

@@ -167,9 +167,14 @@ def _packed(
         near = rng.random(texts) < 0.5
         lowest = np.where(near, 3 * length // 4, min(_SHORTEST, length // 2))
         aims = rng.integers(lowest, length)
-        for text in needle_tokens(tokenizer, sources, chosen, aims.tolist(), rng):
-            if len(text) > width:
-                continue
+        drawn = needle_tokens(tokenizer, sources, chosen, aims.tolist(), rng)
+        fitting = [text for text in drawn if len(text) <= width]
+        if len(fitting) < len(drawn) / 4:
+            raise ModelError(
+                f"`--length` is {length} tokens, too short for most needle texts; make it longer, "
+                "or leave them out with --needles 0."
+            )
+        for text in fitting:
             if sum(map(len, row)) + len(text) > width:
                 found.append(_filled(row, prose, width, rng))
                 row = []
