@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 
 from .collide_command import add_collide_options, run_collide
 from .convert_command import add_convert_options, run_convert
+from .distill_command import add_distill_options, run_distill
+from .pretrain_command import add_pretrain_options, run_pretrain
 from .ruler_command import add_ruler_options, run_ruler
 from .task_options import TASK_NAMES, add_row_options, chosen_rows
 from .terminal import Status, console
@@ -273,6 +275,25 @@ def _parser() -> argparse.ArgumentParser:
         "         mbd ruler checkpoint --out runs/ruler --tasks niah_single_1,vt --dtype bfloat16",
     )
     add_ruler_options(ruler)
+    pretrain = _command(
+        commands,
+        "pretrain",
+        run_pretrain,
+        "train a Gated DeltaNet on text of yours mixed with needle texts; leaves a checkpoint",
+        "mbd pretrain books.txt --valid other.txt --out runs/teacher --minutes 10\n"
+        "         mbd pretrain --out runs/teacher --resume",
+    )
+    add_pretrain_options(pretrain)
+
+    distill = _command(
+        commands,
+        "distill",
+        run_distill,
+        "distil Bayesian Layers into a checkpoint; --control goes on training it, to compare",
+        "mbd distill runs/teacher/model --text books.txt --layers 2 4 --out runs/student\n"
+        "         mbd distill runs/teacher/model --text books.txt --control --out runs/control",
+    )
+    add_distill_options(distill)
 
     bench = _command(
         commands,

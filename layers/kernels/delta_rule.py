@@ -124,8 +124,8 @@ def _backward(documents: bool, head: DeltaHead, cotangents):
 
         return jax.vjp(run, *numbers)[1]((of_outputs, of_last))
 
-    found = over_rows(rows)(*cotangents, document, *numbers)
-    return (DeltaHead(*found, None),)  # type: ignore[arg-type]
+    found: Any = over_rows(rows)(*cotangents, document, *numbers)
+    return (DeltaHead(*found, None),)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 _head.defvjp(_forward, _backward)

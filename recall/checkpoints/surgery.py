@@ -158,7 +158,7 @@ def _dials(mixer: Any) -> dict[str, Any]:
     return found
 
 
-def with_dials(mixer: SequenceMixer, values: Mapping[str, Array]) -> SequenceMixer:
+def with_dials(mixer: SequenceMixer, values: Mapping[str, Any]) -> SequenceMixer:
     """A restored mixer with these numbers for some of its `dials`."""
     return eqx.tree_at(
         lambda mixer: [_dials(mixer)[name] for name in values], mixer, list(values.values())

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt16
 
 from layers import Block, LanguageModel
 from recall.text.corpus import MARK
@@ -35,7 +35,7 @@ class Packed(NamedTuple):
     asked: Bool[Array, "row time"]
 
 
-def packed(rows: Int[Array, "row token"], end: int, answers: float = 1.0) -> Packed:
+def packed(rows: UInt16[Array, "row token"], end: int, answers: float = 1.0) -> Packed:
     """A batch of `recall.text.corpus` rows.
 
     Args:
@@ -83,7 +83,7 @@ def run_rows(
         keep: blocks whose mixers' inputs and outputs are wanted.
         lean: whether a gradient computes each block again instead of keeping what is in it.
     """
-    x = model.embedding.astype(compute)[batch.inputs]
+    x = model.embedding[batch.inputs].astype(compute)  # whose gradient is then summed in float32
     normed, mixed = {}, {}
 
     def through(block: Block, x: Array) -> tuple[Array, Array, Array]:
@@ -115,7 +115,7 @@ def head_of(model: LanguageModel) -> Float[Array, "d_model token"]:
 
 
 def by_token(
-    function: Callable[..., Array], *parts: Float[Array, "row time *rest"]
+    function: Callable[..., Array], *parts: Shaped[Array, "row time ..."]
 ) -> Float[Array, "row time"]:
     """A number for each token, from some at a time, computed again where a gradient needs it.
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, UInt16
 
 from layers import LanguageModel
 from recall.checkpoints.surgery import dials, with_dials
@@ -17,7 +17,7 @@ from .training import Goal, Objective
 def on_text(end: int, compute: Compute, *, answers: float, lean: bool = False) -> Objective:
     """Mean loss of tokens, those of answers weighted by `answers`."""
 
-    def objective(model: LanguageModel, frozen: None, rows: Int[Array, "row token"]) -> Goal:
+    def objective(model: LanguageModel, frozen: None, rows: UInt16[Array, "row token"]) -> Goal:
         batch = packed(rows, end, answers)
         found = losses(model, run_rows(model, batch, compute, lean=lean).hidden, batch)
         told = {"answers": (jnp.sum(found * batch.asked), jnp.sum(batch.asked) * 1.0)}
@@ -36,7 +36,7 @@ def on_layers(end: int, compute: Compute, layers: Sequence[int]) -> Objective:
     chosen = tuple(layers)
 
     def objective(
-        model: LanguageModel, teacher: LanguageModel, rows: Int[Array, "row token"]
+        model: LanguageModel, teacher: LanguageModel, rows: UInt16[Array, "row token"]
     ) -> Goal:
         batch = packed(rows, end)
         taught = jax.lax.stop_gradient(run_rows(teacher, batch, compute, keep=chosen))
@@ -67,7 +67,7 @@ def on_teacher(
     """
 
     def objective(
-        model: LanguageModel, teacher: LanguageModel, rows: Int[Array, "row token"]
+        model: LanguageModel, teacher: LanguageModel, rows: UInt16[Array, "row token"]
     ) -> Goal:
         batch = packed(rows, end, answers)
         taught = jax.lax.stop_gradient(run_rows(teacher, batch, compute).hidden)

@@ -201,7 +201,7 @@ def held_out(
     }
 
 
-def curve(history: Mapping[str, Any], points: int = 100) -> dict[str, list[list[float]]]:
+def curve(history: Mapping[str, Any], points: int = 100) -> dict[str, list[list[int | float]]]:
     """What was told on the way, thinned."""
     return {name: told[:: max(1, len(told) // points)] for name, told in history["told"].items()}
 

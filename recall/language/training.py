@@ -158,7 +158,7 @@ def make_step(
     def take(training: Training, rows: Rows, number: int) -> tuple[Training, dict[str, Array]]:
         # Where arrays lie is settled before the first step: the second is then no other program.
         arrays = jax.device_put(eqx.filter(training, eqx.is_array), here)
-        rates = np.float32([descent.rate, descent.dial_rate]) * np.float32(descent.scale(number))
+        rates = np.asarray([descent.rate, descent.dial_rate], np.float32) * descent.scale(number)
         arrays, told = step(
             arrays,
             frozen_arrays,

@@ -21,7 +21,7 @@ from .vocabulary import encoded, encoded_documents, end_token
 
 MARK = 2**15
 
-Rows = UInt16[np.ndarray, "row token"]
+Rows = UInt16[np.ndarray, "row place"]
 
 _SHORTEST = 96
 _TEXTS_AT_ONCE = 2048
@@ -61,9 +61,9 @@ class Corpus:
     mixture: Mixture
     end: int
     prose: UInt16[np.ndarray, " token"]
-    needles: Rows
-    held_out: Rows
-    held_out_needles: Rows
+    needles: UInt16[np.ndarray, "needle place"]
+    held_out: UInt16[np.ndarray, "unseen place"]
+    held_out_needles: UInt16[np.ndarray, "unseen_needle place"]
 
     def batch(self, rows: int, seed: int, step: int) -> Rows:
         """Rows of a step, the same whenever it is asked for."""
@@ -167,9 +167,14 @@ def _packed(
         near = rng.random(texts) < 0.5
         lowest = np.where(near, 3 * length // 4, min(_SHORTEST, length // 2))
         aims = rng.integers(lowest, length)
-        for text in needle_tokens(tokenizer, sources, chosen, aims.tolist(), rng):
-            if len(text) > width:
-                continue
+        drawn = needle_tokens(tokenizer, sources, chosen, aims.tolist(), rng)
+        fitting = [text for text in drawn if len(text) <= width]
+        if len(fitting) < len(drawn) / 4:
+            raise ModelError(
+                f"`--length` is {length} tokens, too short for most needle texts; make it longer, "
+                "or leave them out with --needles 0."
+            )
+        for text in fitting:
             if sum(map(len, row)) + len(text) > width:
                 found.append(_filled(row, prose, width, rng))
                 row = []
@@ -179,7 +184,7 @@ def _packed(
 
 def _filled(row: list[np.ndarray], prose: np.ndarray, width: int, rng) -> np.ndarray:
     left = width - sum(map(len, row))
-    start = int(rng.integers(len(prose) - width))
+    start = int(rng.integers(len(prose) - left + 1))
     return np.concatenate([*row, prose[start : start + left]])
 
 
@@ -224,12 +229,12 @@ def asked_rows(
     rng, width, found = np.random.default_rng([_HELD_OUT_SEED, seed]), length + 1, []
     aim = length
     while len(found) < rows:
-        if aim < length // 2:
+        if aim < length // 3:
             raise ModelError(f"`length` is {length} tokens, too short for {form}; ask for more.")
         texts = needle_tokens(tokenizer, sources, [form] * rows, [aim] * rows, rng)
         fitting = [text for text in texts if len(text) <= width]
         found += fitting
-        if len(fitting) < len(texts):
+        if len(fitting) < len(texts) / 2:
             aim = int(aim * 0.97)
     end = end_token(tokenizer)
     padded = np.full((rows, width), end, np.uint16)

@@ -1,0 +1,357 @@
+"""Does restoring the covariance help a trained Gated DeltaNet to find what it read long ago?
+
+A teacher is trained on text; Bayesian Layers are distilled into it, and a control goes on training
+without; all are asked for needles in rows up to several times as long as any in training.
+
+    python -m benchmarks.restoring --text books.txt --valid other.txt --out runs/restoring
+
+The same again goes on where it was stopped (`--minutes`). OUT/summary.json holds all that is known.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from scipy import stats
+
+from recall.checkpoints.folder import read_checkpoint
+from recall.language.distillation import Distillation, distill
+from recall.language.inside import inside
+from recall.language.pretraining import Pretraining, Sizes, pretrain
+from recall.language.run_files import RunFiles
+from recall.language.scores import retrieval_scorer
+from recall.language.training import mesh_of
+from recall.language_options import absolute, add_text_options, devices_of, mixture_of, positive
+from recall.records import record, write_json
+from recall.text.corpus import asked_rows
+from recall.text.documents import read_documents
+from recall.text.needles import FORMS, sources_of
+from recall.text.vocabulary import end_token, read_vocabulary
+
+ARMS: dict[str, dict[str, Any]] = {
+    "control": {"control": True},
+    "student": {},
+    "exact": {"restoration": 1.0, "learned": False},
+}
+"""What each arm does otherwise than a student, whose λ learns from `--restoration` on."""
+
+_FORMS = (
+    "single, noise",
+    "single, prose",
+    "single, prose, uuids",
+    "multikey, prose",
+    "multikey, needles",
+    "multivalue, prose",
+)
+
+
+def main() -> None:
+    request = _parser().parse_args()
+    request.cache = str((request.cache or request.out / "tokens").resolve())
+    began = time.perf_counter()
+    deadline = math.inf if request.minutes is None else began + 60 * request.minutes
+    jax.config.update("jax_compilation_cache_dir", str((request.out / "programs").resolve()))
+    known = _Known(request, began)
+    teacher = _teacher(request, deadline)
+    if teacher is None or not known.add("teacher", teacher, RunFiles(request.out / "teacher")):
+        return _stopped("the teacher")
+    best: dict[str, float] = {}
+    for seed in request.seeds:
+        for arm in request.arms:
+            for rate in [best[arm]] if arm in best else request.rates:
+                if time.perf_counter() > deadline:
+                    return _stopped("the distillations")
+                name = f"{arm}-{rate:g}-{seed}"
+                plan = _distillation(request, arm, rate, seed)
+                found = _finished(request, name, plan, deadline)
+                files = RunFiles(request.out / name)
+                if found is None or not known.add(name, found, files, arm, rate, seed):
+                    return _stopped(name)
+            best.setdefault(arm, known.best_rate(arm, seed))
+    known.conclude(best)
+    print(f"summary: {known.file}")
+
+
+def _stopped(what: str) -> None:
+    print(f"stopped at {what}; the same again goes on")
+
+
+def _teacher(request: argparse.Namespace, deadline: float) -> dict[str, Any] | None:
+    files = RunFiles(request.out / "teacher")
+    plan = Pretraining(
+        absolute(request.text),
+        absolute(request.valid),
+        request.cache,
+        Sizes(
+            request.vocabulary,
+            request.d_model,
+            request.depth,
+            request.heads,
+            request.key_width,
+            request.value_width,
+        ),
+        mixture_of(request),
+        batch=request.batch,
+        tokens=request.tokens,
+        rate=request.teacher_rate,
+        answers=request.answers,
+        compute="float32" if request.float32 else "bfloat16",
+    )
+    if files.record.is_file():
+        return files.read_record()
+    if not files.plan.is_file():
+        files.create(asdict(plan))
+    return pretrain(
+        files.path,
+        plan,
+        devices=devices_of(request, plan.batch),
+        show=_show("teacher"),
+        stage=_stage("teacher"),
+        command=_command(request),
+        deadline=deadline,
+    )
+
+
+def _distillation(request: argparse.Namespace, arm: str, rate: float, seed: int) -> Distillation:
+    plan = Distillation(
+        str((request.out / "teacher" / "model").resolve()),
+        absolute(request.text),
+        absolute(request.valid),
+        request.cache,
+        layers=None if request.layers is None else tuple(request.layers),
+        restoration=request.restoration,
+        matching=request.matching,
+        steps=request.steps,
+        task=request.task,
+        answers=request.answers,
+        batch=request.distill_batch,
+        rate=rate,
+        mixture=mixture_of(request),
+        seed=1000 + seed,
+        compute="float32" if request.float32 else "bfloat16",
+        lean=request.lean,
+    )
+    return replace(plan, **ARMS[arm])
+
+
+def _finished(
+    request: argparse.Namespace, name: str, plan: Distillation, deadline: float
+) -> dict[str, Any] | None:
+    files = RunFiles(request.out / name)
+    if files.record.is_file():
+        return files.read_record()
+    if not files.plan.is_file():
+        files.create(asdict(plan))
+    return distill(
+        files.path,
+        plan,
+        devices=devices_of(request, plan.batch),
+        show=_show(name),
+        stage=_stage(name),
+        command=_command(request),
+        deadline=deadline,
+    )
+
+
+class _Known:
+    """What is known so far, on disk after every run."""
+
+    def __init__(self, request: argparse.Namespace, began: float) -> None:
+        self.request, self.began = request, began
+        self.file = request.out / "summary.json"
+        self.runs: dict[str, dict[str, Any]] = {}
+        self.results: dict[str, Any] = {}
+        self.asked: dict[str, dict[int, np.ndarray]] = {}
+
+    def add(
+        self,
+        name: str,
+        found: Mapping[str, Any],
+        files: RunFiles,
+        arm: str = "teacher",
+        rate: float = 0.0,
+        seed: int = 0,
+    ) -> bool:
+        """Add a finished run, with what it finds in long rows; from its folder where that knows."""
+        kept = files.path / "retrieval.json"
+        if not kept.is_file():
+            write_json(kept, self._retrieval(name, files))
+        told = json.loads(kept.read_text(encoding="utf-8"))
+        metrics = {key: part for key, part in found["metrics"].items() if key != "curve"}
+        own = {"arm": arm, "rate": rate, "seed": seed, "metrics": metrics, **told}
+        self.runs[name] = own
+        self.write()
+        cells = "  ".join(
+            f"{form} {[round(part['found'], 3) for part in by_length.values()]}"
+            for form, by_length in told["retrieval"].items()
+        )
+        print(f"{name}: {cells}", flush=True)
+        return True
+
+    def best_rate(self, arm: str, seed: int) -> float:
+        """The rate of least held-out loss, over prose and needles alike."""
+        tried = [run for run in self.runs.values() if run["arm"] == arm and run["seed"] == seed]
+
+        def loss(run: Mapping[str, Any]) -> float:
+            after = run["metrics"]["after"]
+            return after["loss"] + 1 - after["retrieved"]
+
+        return min(tried, key=loss)["rate"]
+
+    def conclude(self, best: Mapping[str, float]) -> None:
+        """Each arm at its best rate, and what it gains on the control, seed by seed."""
+        arms = {
+            arm: [
+                run for run in self.runs.values() if run["arm"] == arm and run["rate"] == best[arm]
+            ]
+            for arm in best
+        }
+        self.results = {
+            "rates": dict(best),
+            "perplexity": {
+                arm: _over_seeds([run["metrics"]["after"]["perplexity"] for run in runs])
+                for arm, runs in arms.items()
+            },
+            "retrieval": {
+                arm: self._cells(lambda cell, runs=runs: _over_seeds(cell(runs)))
+                for arm, runs in arms.items()
+            },
+        }
+        if "control" in arms:
+            self.results["gain_on_control"] = {
+                arm: self._cells(
+                    lambda cell, runs=runs: _over_seeds(
+                        (np.asarray(cell(runs)) - np.asarray(cell(arms["control"]))).tolist()
+                    )
+                )
+                for arm, runs in arms.items()
+                if arm != "control"
+            }
+        self.write()
+
+    def _cells(self, of_cell: Any) -> dict[str, dict[str, Any]]:
+        def cell(form: str, length: int) -> Any:
+            return of_cell(
+                lambda runs: [run["retrieval"][form][str(length)]["found"] for run in runs]
+            )
+
+        return {
+            form: {str(length): cell(form, length) for length in self.request.ask_lengths}
+            for form in self.request.forms
+        }
+
+    def write(self) -> None:
+        config = {key: str(value) for key, value in vars(self.request).items()}
+        write_json(
+            self.file,
+            record(
+                config,
+                {"results": self.results, "runs": self.runs},
+                command=_command(self.request),
+                seed=list(self.request.seeds),
+                seconds=time.perf_counter() - self.began,
+            ),
+        )
+
+    def _retrieval(self, name: str, files: RunFiles) -> dict[str, Any]:
+        request, model = self.request, read_checkpoint(files.model).model
+        tokenizer = read_vocabulary(files.model / "tokenizer.json")
+        if not self.asked:
+            _stage(name)("making rows to ask")
+            sources = sources_of(read_documents(request.valid or request.text))
+            self.asked = {
+                form: {
+                    length: asked_rows(tokenizer, sources, FORMS[form], length, request.ask_rows, 0)
+                    for length in request.ask_lengths
+                }
+                for form in request.forms
+            }
+        end, compute = end_token(tokenizer), "float32" if request.float32 else "bfloat16"
+        score = retrieval_scorer(end, mesh_of(request.devices or len(jax.devices())), compute)
+        found: dict[str, dict[str, Any]] = {}
+        for length in request.ask_lengths:
+            _stage(name)(f"asking in rows of {length}")
+            for form in request.forms:
+                right = score(model, self.asked[form][length])
+                low, high = _interval(right)
+                found.setdefault(form, {})[str(length)] = {
+                    "found": float(right.mean()),
+                    "low": low,
+                    "high": high,
+                    "rows": len(right),
+                }
+        longest = max(request.ask_lengths)
+        looked = self.asked[request.forms[0]][longest][:4]
+        return {"retrieval": found, "inside_longest": inside(model, looked, end, compute)}
+
+
+def _interval(right: np.ndarray) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share."""
+    found = stats.binomtest(round(float(right.sum())), len(right)).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
+
+
+def _over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, and the half width of its 95 % interval over seeds (Student's)."""
+    half = math.nan
+    if len(values) > 1:
+        half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+    return {"mean": float(np.mean(values)), "half_width": half, "seeds": list(values)}
+
+
+def _show(name: str):
+    last = [0.0]
+
+    def show(step: int, steps: int, words: str) -> None:
+        if time.perf_counter() - last[0] > 10 or step + 1 == steps:
+            last[0] = time.perf_counter()
+            print(f"{name}: step {step + 1} of {steps}  {words}", flush=True)
+
+    return show
+
+
+def _stage(name: str):
+    return lambda what: print(f"{name}: {what}", flush=True)
+
+
+def _command(request: argparse.Namespace) -> str:
+    import shlex
+    import sys
+
+    return shlex.join(["python", "-m", "benchmarks.restoring", *sys.argv[1:]])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--text", type=Path, nargs="+", required=True)
+    add_text_options(parser)
+    for name, value in asdict(Sizes()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=positive, default=value)
+    parser.add_argument("--batch", type=positive, default=64, help="rows of the teacher's steps")
+    parser.add_argument("--tokens", type=positive, default=200_000_000, help="for the teacher")
+    parser.add_argument("--teacher-rate", type=float, default=2e-3)
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 4e-4])
+    parser.add_argument("--layers", type=int, nargs="+", help="to restore (default: all)")
+    parser.add_argument("--restoration", type=float, default=0.05)
+    parser.add_argument("--matching", type=int, default=100)
+    parser.add_argument("--steps", type=positive, default=400)
+    parser.add_argument("--task", type=float, default=0.5)
+    parser.add_argument("--distill-batch", type=positive, default=32)
+    parser.add_argument("--lean", action="store_true")
+    parser.add_argument("--forms", nargs="+", choices=tuple(FORMS), default=list(_FORMS))
+    parser.add_argument("--ask-lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--ask-rows", type=positive, default=200)
+    return parser
+
+
+if __name__ == "__main__":
+    main()
