@@ -4,17 +4,28 @@ A model's confidence is its largest probability. Calibration error is the mean g
 confidence and accuracy over 15 bins of equal width; coverage is how often the smallest set of
 answers with probability 0.9 holds the right one. Abstention is judged by the area under the ROC
 curve of a signal for wrong answers: of the memory's variance, and of the softmax's entropy.
+
+Where values are continuous, the memory's own predictive distribution is judged too
+(`memory_calibration`), in the units of each head's values.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
-from scipy import stats
+from jaxtyping import Array
 
+from inference.calibration import Calibration, calibration
+from layers.compiled import KeyedMemory
+from layers.entries import EntryMemory
+from layers.memory import StreamMemory
+from layers.mixer import SequenceMixer
+from layers.rules import Additive
+
+from .abstention import auroc
 from .courses import Questions
 from .models import RecallModel
 
@@ -22,6 +33,7 @@ SET_LEVEL = 0.9
 _BINS = 15
 _NUMBERS_AT_ONCE = 2**27
 """Bounds the logits that are held at once."""
+_ROWS_OF_VALUES = 16
 
 
 @dataclass(frozen=True)
@@ -82,14 +94,60 @@ def _answers(models: RecallModel, inputs, places, answers, rows: int) -> dict[st
     return {name: jnp.moveaxis(array, 0, 1) for name, array in told.items()}
 
 
-def auroc(signal: Float[np.ndarray, " question"], wrong: np.ndarray) -> float:
-    """Probability that a wrong answer has the higher signal than a right one; ties count half."""
-    positive = int(wrong.sum())
-    negative = len(wrong) - positive
-    if not positive or not negative:
-        return float("nan")
-    ranks = stats.rankdata(signal)
-    return float((ranks[wrong].sum() - positive * (positive + 1) / 2) / (positive * negative))
+def memory_calibration(models: RecallModel, asked: Questions) -> list[Calibration | None]:
+    """What the memories of every model say of the values that are asked for, judged by these.
+
+    A head says that a value seen along its query is N(mean, value variance), number by number. The
+    truth is the value that it would be shown, were the answer given where the question stands.
+
+    Args:
+        models: of a leading axis.
+        asked: questions, each with one answer among continuous values.
+
+    Returns:
+        One of each model; None where values are tokens, or the memory predicts no values.
+    """
+    if asked.inputs.ndim != 3 or not _predicts_values(models.blocks[0].mixer):
+        return [None] * _count(models)
+    said = _said_and_shown(models, asked.inputs, asked.places, asked.answers)
+    return [calibration(*(np.asarray(part[i]) for part in said)) for i in range(_count(models))]
+
+
+def _predicts_values(mixer: Any) -> bool:
+    """Whether heads say how a value that they have not seen is distributed, noise and all."""
+    if not isinstance(mixer, SequenceMixer) or "value" not in mixer.sources:
+        return False
+    memory = mixer.memory
+    knows_noise = isinstance(memory, StreamMemory | KeyedMemory | EntryMemory)
+    return knows_noise and not isinstance(memory.rule, Additive)
+
+
+@eqx.filter_jit
+def _said_and_shown(models: RecallModel, inputs, places, answers) -> tuple[Array, Array, Array]:
+    """Mean, variance and truth of every number, (model, row, query, head, value)."""
+
+    def one(model, inputs, places, answers):
+        block = model.blocks[0]
+        answered = inputs.at[places, 1].set(answers)
+        asked, told = (jax.vmap(block.norm)(model.embedding(part)) for part in (inputs, answered))
+        prediction, source = block.mixer(asked)[1], block.mixer.sources["value"]
+
+        def shown(place):
+            value, _ = source(asked.at[place].set(told[place]), source.init_state(), None, None)
+            return value[place]
+
+        truth = jax.lax.map(shown, places)
+        if truth.ndim == 4:  # the last of several that a token writes
+            truth = truth[:, :, -1]
+        variance = prediction.value_variance[places]
+        variance = variance.reshape(*variance.shape[:2], -1)
+        return prediction.mean[places], jnp.broadcast_to(variance, truth.shape), truth
+
+    def row(shown):
+        return eqx.filter_vmap(one, in_axes=(eqx.if_array(0), None, None, None))(models, *shown)
+
+    said = jax.lax.map(row, (inputs, places, answers), batch_size=_ROWS_OF_VALUES)
+    return tuple(jnp.moveaxis(part, 0, 1) for part in said)
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
@@ -121,6 +179,10 @@ def _score(told: dict[str, np.ndarray], asked: Questions) -> Scores:
 
 
 def _rows_at_once(models: RecallModel, asked: Questions) -> int:
-    runs = len(jax.tree.leaves(eqx.filter(models, eqx.is_inexact_array))[0])
-    numbers = runs * models.embedding.codes * asked.places.shape[1]
+    numbers = _count(models) * models.embedding.codes * asked.places.shape[1]
     return min(len(asked.inputs), max(1, _NUMBERS_AT_ONCE // numbers))
+
+
+def _count(models: RecallModel) -> int:
+    """Length of the leading axis."""
+    return len(jax.tree.leaves(eqx.filter(models, eqx.is_inexact_array))[0])

@@ -15,7 +15,7 @@ from layers.mixer import parameter_count
 from . import plots
 from .courses import held_out
 from .disturbances import disturbed
-from .evaluation import evaluate
+from .evaluation import evaluate, memory_calibration
 from .layers_by_name import mixer_maker
 from .models import MakeMixer, PairEmbedding, RecallModel
 from .plans import Plan, as_data, harder
@@ -109,7 +109,8 @@ def beyond(
     """Scores of a trained run on rows as in training, and past what it showed or disturbed.
 
     Returns:
-        By name of the rows, every run's scores.
+        By name of the rows, every run's scores; and, where values are continuous and the memory
+        predicts them, how honest it is.
     """
     plan = folder.plan()
     runs, step, _ = folder.load(start(plan, _maker(plan)))
@@ -121,12 +122,15 @@ def beyond(
             cases[name] = _that_see(runs.models, rows), rows
         for name, models in disturbed(runs.models, len(plan.runs), hardest).items():
             cases[name] = models, hardest
-    found = {}
+    found, honesty = {}, {}
     for name, (models, rows) in cases.items():
         stage(name)
         asked = held_out(rows, examples, TEST_SEED, plan.course.filler)
         found[name] = [asdict(score) for score in evaluate(models, asked)]
-    return {"step": step, "scores": found}
+        judged = [asdict(one) for one in memory_calibration(models, asked) if one is not None]
+        if judged:
+            honesty[name] = judged
+    return {"step": step, "scores": found, "memory": honesty}
 
 
 def _that_see(models: RecallModel, rows: Rows) -> RecallModel:
