@@ -15,7 +15,7 @@ from layers.mixer import parameter_count
 from . import plots
 from .courses import held_out
 from .disturbances import disturbed
-from .evaluation import evaluate, memory_calibration
+from .evaluation import evaluate
 from .layers_by_name import mixer_maker
 from .models import MakeMixer, PairEmbedding, RecallModel
 from .plans import Plan, as_data, harder
@@ -109,8 +109,7 @@ def beyond(
     """Scores of a trained run on rows as in training, and past what it showed or disturbed.
 
     Returns:
-        By name of the rows, every run's scores; and, where values are continuous and the memory
-        predicts them, how honest it is.
+        By name of the rows, every run's scores.
     """
     plan = folder.plan()
     runs, step, _ = folder.load(start(plan, _maker(plan)))
@@ -122,15 +121,12 @@ def beyond(
             cases[name] = _that_see(runs.models, rows), rows
         for name, models in disturbed(runs.models, len(plan.runs), hardest).items():
             cases[name] = models, hardest
-    found, honesty = {}, {}
+    found = {}
     for name, (models, rows) in cases.items():
         stage(name)
         asked = held_out(rows, examples, TEST_SEED, plan.course.filler)
         found[name] = [asdict(score) for score in evaluate(models, asked)]
-        judged = [asdict(one) for one in memory_calibration(models, asked) if one is not None]
-        if judged:
-            honesty[name] = judged
-    return {"step": step, "scores": found, "memory": honesty}
+    return {"step": step, "scores": found}
 
 
 def _that_see(models: RecallModel, rows: Rows) -> RecallModel:
@@ -156,7 +152,7 @@ def _seeds(first: int, plan: Plan) -> list[int]:
     return [first + 2 * place for place in range(len(plan.tests))]
 
 
-def _scores(models: RecallModel, plan: Plan, seeds: list[int]) -> dict[str, list[dict[str, float]]]:
+def _scores(models: RecallModel, plan: Plan, seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
     found = {}
     for (name, rows), seed in zip(plan.tests.items(), seeds, strict=True):
         asked = held_out(rows, plan.test_examples, seed, plan.course.filler)

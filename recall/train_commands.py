@@ -116,8 +116,9 @@ def run_eval(request: argparse.Namespace) -> tuple[int, Any]:
     with jax.enable_x64(False), ProgressBar() as bar:
         found = beyond(folder, request.examples, request.beyond, bar.stage)
     console().print(beyond_table(folder.plan(), found["scores"]))
-    if found["memory"]:
-        console().print(honesty_table(folder.plan(), found["memory"]))
+    honesty = honesty_table(folder.plan(), found["scores"])
+    if honesty.row_count:
+        console().print(honesty)
     return 0, found
 
 

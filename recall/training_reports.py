@@ -46,8 +46,8 @@ def beyond_table(plan: Plan, scores: Mapping[str, Sequence[Mapping[str, float]]]
     return table
 
 
-def honesty_table(plan: Plan, honesty: Mapping[str, Sequence[Mapping[str, float]]]) -> Table:
-    """Calibration of every run's memory, kind of rows by kind of rows."""
+def honesty_table(plan: Plan, scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
+    """Calibration of every run's memory, kind of rows by kind of rows, where it predicts values."""
     table = Table(
         title=f"what the memory of {plan.layer} says of the values asked for",
         title_justify="left",
@@ -68,10 +68,11 @@ def honesty_table(plan: Plan, honesty: Mapping[str, Sequence[Mapping[str, float]
     }
     for heading in headings.values():
         table.add_column(heading, justify="right")
-    for rows, found in honesty.items():
-        for one, (rate, seed) in zip(found, plan.runs, strict=True):
-            cells = (f"{one[name]:.3g}" for name in headings)
-            table.add_row(rows, f"{rate:g}", str(seed), *cells)
+    for rows, found in scores.items():
+        for score, (rate, seed) in zip(found, plan.runs, strict=True):
+            if score["memory"] is not None:
+                cells = (f"{score['memory'][name]:.3g}" for name in headings)
+                table.add_row(rows, f"{rate:g}", str(seed), *cells)
     return table
 
 
