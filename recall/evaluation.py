@@ -4,6 +4,10 @@ A model's confidence is its largest probability. Calibration error is the mean g
 confidence and accuracy over 15 bins of equal width; coverage is how often the smallest set of
 answers with probability 0.9 holds the right one. Abstention is judged by the area under the ROC
 curve of a signal for wrong answers: of the memory's variance, and of the softmax's entropy.
+
+Where values are continuous, the memory's own predictive distribution is judged too. A head says
+that a value seen along its query is N(mean, value variance), number by number; the truth is the
+value that it would be shown, were the answer given where the question stands.
 """
 
 from dataclasses import dataclass
@@ -12,9 +16,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
-from scipy import stats
+from jaxtyping import Array
 
+from inference.calibration import Calibration, calibration
+from layers.compiled import KeyedMemory
+from layers.entries import EntryMemory
+from layers.memory import Prediction, StreamMemory
+from layers.mixer import SequenceMixer
+from layers.rules import Additive
+
+from .abstention import auroc
 from .courses import Questions
 from .models import RecallModel
 
@@ -36,6 +47,8 @@ class Scores:
         entropy_auroc: of the softmax's entropy as a sign of a wrong answer; NaN where all answers
             are right, or all wrong.
         variance_auroc: of the memory's variance likewise; NaN where it has none.
+        memory: how honest it is about the values asked for; None where these are tokens, or where
+            it predicts no values.
     """
 
     accuracy: float
@@ -44,6 +57,7 @@ class Scores:
     coverage: float
     entropy_auroc: float
     variance_auroc: float
+    memory: Calibration | None = None
 
 
 def evaluate(models: RecallModel, asked: Questions) -> list[Scores]:
@@ -53,8 +67,8 @@ def evaluate(models: RecallModel, asked: Questions) -> list[Scores]:
         name: np.asarray(array)
         for name, array in _answers(models, *parts, _rows_at_once(models, asked)).items()
     }
-    count = len(told["guess"])
-    return [_score({name: array[i] for name, array in told.items()}, asked) for i in range(count)]
+    runs = [{name: array[i] for name, array in told.items()} for i in range(len(told["guess"]))]
+    return [_score(run, asked) for run in runs]
 
 
 @eqx.filter_jit
@@ -73,7 +87,11 @@ def _answers(models: RecallModel, inputs, places, answers, rows: int) -> dict[st
             "covered": above < SET_LEVEL,
             "entropy": -jnp.sum(chances * logs, axis=-1),
         }
-        return told if answer.variance is None else told | {"variance": answer.variance}
+        if answer.variance is not None:
+            told["variance"] = answer.variance
+        if answer.prediction is not None and _predicts_values(model, inputs):
+            told |= _values(model, inputs, places, right, answer.prediction)
+        return told
 
     def row(shown):
         return eqx.filter_vmap(one, in_axes=(eqx.if_array(0), None, None, None))(models, *shown)
@@ -82,14 +100,34 @@ def _answers(models: RecallModel, inputs, places, answers, rows: int) -> dict[st
     return {name: jnp.moveaxis(array, 0, 1) for name, array in told.items()}
 
 
-def auroc(signal: Float[np.ndarray, " question"], wrong: np.ndarray) -> float:
-    """Probability that a wrong answer has the higher signal than a right one; ties count half."""
-    positive = int(wrong.sum())
-    negative = len(wrong) - positive
-    if not positive or not negative:
-        return float("nan")
-    ranks = stats.rankdata(signal)
-    return float((ranks[wrong].sum() - positive * (positive + 1) / 2) / (positive * negative))
+def _predicts_values(model: RecallModel, inputs: Array | np.ndarray) -> bool:
+    """Whether values are continuous, and heads say how one that they have not seen is distributed.
+
+    Inputs are those of any number of rows.
+    """
+    mixer = model.blocks[-1].mixer
+    if inputs.shape[-1:] != (2,) or not isinstance(mixer, SequenceMixer):
+        return False
+    memory = mixer.memory
+    knows_noise = isinstance(memory, StreamMemory | KeyedMemory | EntryMemory)
+    return knows_noise and "value" in mixer.sources and not isinstance(memory.rule, Additive)
+
+
+def _values(model: RecallModel, inputs, places, right, said: Prediction) -> dict[str, Array]:
+    """Mean, variance and truth of every number that is asked for: (query, head, value)."""
+    block = model.blocks[0]  # of pairs of vectors it is the only one
+    source, answered = block.mixer.sources["value"], inputs.at[places, 1].set(right)
+    asked, told = (jax.vmap(block.norm)(model.embedding(part)) for part in (inputs, answered))
+
+    def shown(place):
+        value, _ = source(asked.at[place].set(told[place]), source.init_state(), None, None)
+        return value[place]
+
+    truth = jax.lax.map(shown, places)
+    if truth.ndim == 4:  # the last of several that a token writes
+        truth = truth[:, :, -1]
+    variance = said.value_variance.reshape(*truth.shape[:2], -1)
+    return {"mean": said.mean, "spread": jnp.broadcast_to(variance, truth.shape), "truth": truth}
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
@@ -104,6 +142,7 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
 
 
 def _score(told: dict[str, np.ndarray], asked: Questions) -> Scores:
+    said = [told.pop(name) for name in ("mean", "spread", "truth") if name in told]
     counts = asked.weights > 0
     right = told["guess"] == asked.answers
     by_row = np.sum(right & counts, axis=1) / np.maximum(np.sum(counts, axis=1), 1)
@@ -117,6 +156,7 @@ def _score(told: dict[str, np.ndarray], asked: Questions) -> Scores:
         float(np.mean(flat["covered"])),
         auroc(flat["entropy"], ~hit),
         auroc(flat["variance"], ~hit) if "variance" in flat else float("nan"),
+        calibration(*said) if said else None,
     )
 
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from layers.memory import Prediction
 from layers.mixer import SequenceMixer
 from layers.sources import Projected
 
@@ -40,10 +41,12 @@ class Answer(eqx.Module):
     Args:
         logits: scores of every token or value.
         variance: of the memory's read-out, mean over heads and entries; None where it has none.
+        prediction: of the last block's memory, head by head; None where it has none.
     """
 
     logits: Float[Array, "query code"]
     variance: Float[Array, " query"] | None
+    prediction: Prediction | None
 
 
 class GatedConvolution(eqx.Module):
@@ -197,14 +200,16 @@ class RecallModel(eqx.Module):
         if rng is not None and self.dropout > 0:
             kept = jax.random.bernoulli(rng, 1 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.dropout), 0)
-        variances = []
+        variances, prediction = [], None
         for block in self.blocks:
             x, prediction = block(x)
             if prediction is not None:
-                spread = prediction.variance[places]
+                prediction = jax.tree.map(lambda part: part[places], prediction)
+                spread = prediction.variance
                 variances.append(spread.reshape(len(places), -1).mean(axis=1))
         variance = jnp.mean(jnp.stack(variances), axis=0) if variances else None
-        return Answer(self.embedding.logits(jax.vmap(self.norm)(x[places])), variance)
+        logits = self.embedding.logits(jax.vmap(self.norm)(x[places]))
+        return Answer(logits, variance, prediction)
 
 
 def token_model(

@@ -152,7 +152,7 @@ def _seeds(first: int, plan: Plan) -> list[int]:
     return [first + 2 * place for place in range(len(plan.tests))]
 
 
-def _scores(models: RecallModel, plan: Plan, seeds: list[int]) -> dict[str, list[dict[str, float]]]:
+def _scores(models: RecallModel, plan: Plan, seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
     found = {}
     for (name, rows), seed in zip(plan.tests.items(), seeds, strict=True):
         asked = held_out(rows, plan.test_examples, seed, plan.course.filler)

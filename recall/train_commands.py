@@ -116,12 +116,15 @@ def run_eval(request: argparse.Namespace) -> tuple[int, Any]:
 
     from .run import beyond
     from .run_folder import RunFolder
-    from .training_reports import beyond_table
+    from .training_reports import beyond_table, honesty_table
 
     folder = RunFolder(request.run)
     with jax.enable_x64(False), ProgressBar() as bar:
         found = beyond(folder, request.examples, request.beyond, bar.stage)
     console().print(beyond_table(folder.plan(), found["scores"]))
+    honesty = honesty_table(folder.plan(), found["scores"])
+    if honesty.row_count:
+        console().print(honesty)
     return 0, found
 
 

@@ -46,6 +46,36 @@ def beyond_table(plan: Plan, scores: Mapping[str, Sequence[Mapping[str, float]]]
     return table
 
 
+def honesty_table(plan: Plan, scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
+    """Calibration of every run's memory, kind of rows by kind of rows, where it predicts values."""
+    table = Table(
+        title=f"what the memory of {plan.layer} says of the values asked for",
+        title_justify="left",
+        caption="number by number, in units of each head's values. error / stated: squared error "
+        "over stated variance, above 1 where the memory is too sure. PIT gap: 0 for an honest "
+        "memory. Log score: in nats, the larger the better; CRPS: the smaller the better.",
+        caption_justify="left",
+    )
+    for heading in ("rows", "rate", "seed"):
+        table.add_column(heading)
+    headings = {
+        "coverage": "coverage of 0.9",
+        "error_ratio": "error / stated",
+        "pit_gap": "PIT gap",
+        "sharpness": "stated deviation",
+        "log_score": "log score",
+        "crps": "CRPS",
+    }
+    for heading in headings.values():
+        table.add_column(heading, justify="right")
+    for rows, found in scores.items():
+        for score, (rate, seed) in zip(found, plan.runs, strict=True):
+            if score["memory"] is not None:
+                cells = (f"{score['memory'][name]:.3g}" for name in headings)
+                table.add_row(rows, f"{rate:g}", str(seed), *cells)
+    return table
+
+
 def sweep_table(lines: Sequence[Line]) -> Table:
     """Mean test accuracy over seeds, and its spread, at each layer's best rate."""
     table = Table(title="test accuracy, mean ± deviation over seeds", title_justify="left")

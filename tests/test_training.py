@@ -17,10 +17,11 @@ from test_compiled import certify
 from design_models import ModelError
 from inference.derivation import draft
 from layers.mixer import SequenceMixer
+from recall.abstention import auroc, risk_by_coverage
 from recall.cli import main
 from recall.courses import Course, Segment, held_out, questions
 from recall.disturbances import disturbed
-from recall.evaluation import auroc, calibration_error, evaluate
+from recall.evaluation import calibration_error, evaluate
 from recall.layers_by_name import mixer_maker
 from recall.models import token_model
 from recall.mqar import UNLABELLED
@@ -239,8 +240,49 @@ def test_scores_do_not_depend_on_how_many_rows_are_scored_at_once(monkeypatch):
     asked = held_out(ROWS, 9, 5)
     whole = evaluate(models, asked)
     monkeypatch.setattr("recall.evaluation._NUMBERS_AT_ONCE", 4 * 16 * 4)
-    assert evaluate(models, asked) == whole
+    assert [replace(score, memory=None) for score in evaluate(models, asked)] == [
+        replace(score, memory=None) for score in whole
+    ]
     assert not np.isnan(whole[0].variance_auroc)
+
+
+def test_a_memory_is_judged_by_the_values_that_it_would_be_shown():
+    """Against the same layer decoding, token by token, with and without the answer."""
+    models = start(tiny(steps=1), mixer_maker("bayesian_layer", 2)).models
+    asked = held_out(ROWS, 1, 5)
+    found = evaluate(models, asked)[0].memory
+    model = jax.tree.map(lambda leaf: leaf[0] if eqx.is_array(leaf) else leaf, models)
+    block, inputs = model.blocks[0], asked.inputs[0]
+    step = eqx.filter_jit(block.mixer.predict_step)
+    state, said = block.mixer.init_state(), []
+    for place, pair in enumerate(inputs):
+        if place in asked.places[0]:
+            answer = asked.answers[0][list(asked.places[0]).index(place)]
+            told = block.norm(model.embedding(jnp.array([[pair[0], answer]]))[0])
+            source = block.mixer.sources["value"]
+            truth = source(told[None], state.past["value"], None, None)[0][0]
+            x = block.norm(model.embedding(jnp.array(pair)[None])[0])
+            _, prediction, _ = step(x, state)
+            deviation = np.sqrt(prediction.value_variance)[:, None]
+            said.append((np.asarray(truth) - np.asarray(prediction.mean)) / deviation)
+        x = block.norm(model.embedding(jnp.array(pair)[None])[0])
+        _, _, state = step(x, state)
+    white = np.stack(said)
+    assert found.error_ratio == pytest.approx(np.mean(white**2), rel=1e-4)
+    assert found.coverage == pytest.approx(np.mean(np.abs(white) < 1.6449), abs=1e-9)
+
+
+def test_memories_that_predict_no_values_are_not_judged():
+    asked = held_out(ROWS, 2, 5)
+    for layer in ("linear_attention", "attention"):
+        models = start(tiny(layer, steps=1), mixer_maker(layer, 2)).models
+        assert evaluate(models, asked)[0].memory is None
+
+
+def test_risk_is_the_loss_of_the_answers_that_are_let_through():
+    signal, loss = np.array([3.0, 1.0, 2.0, 1.0]), np.array([1.0, 0.0, 0.5, 1.0])
+    expected = [0.5, 0.5, 1.5 / 3, 2.5 / 4]
+    np.testing.assert_allclose(risk_by_coverage(signal, loss), expected)
 
 
 def test_overlap_is_seen_in_the_keys_of_a_trained_model():
@@ -296,6 +338,8 @@ def test_a_run_is_trained_recorded_plotted_and_evaluated(task, layer, wish, tmp_
     told = tmp_path / "eval.json"
     assert main(["eval", str(out), "--beyond", "--examples", "8", "--json", str(told)]) == 0
     scores = json.loads(told.read_text())["scores"]
+    judged = [score["memory"] is not None for found in scores.values() for score in found]
+    assert judged == [task == "collision"] * len(judged)
     assert "as in training" in scores
     assert len(scores) > 4
     assert any(name.startswith("noise 0.5") for name in scores)
