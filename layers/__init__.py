@@ -16,6 +16,7 @@ from .rules import Additive as Additive
 from .rules import Restored as Restored
 from .scans import filter_scan as filter_scan
 from .scans import initial_belief as initial_belief
+from .sharded import sharded_scan as sharded_scan
 from .stream import Belief as Belief
 from .stream import Reading as Reading
 from .stream import Stream as Stream

@@ -67,6 +67,7 @@ from .chunks import (
     within_chunk,
     within_documents,
 )
+from .elements import Element, apply, combine
 from .precision import exact_product
 from .triangular import cholesky_and_inverse
 
@@ -311,38 +312,12 @@ _scan.defvjp(_forward, _backward)
 # -- parallel in time ---------------------------------------------------------------------------
 
 
-class _Element(eqx.Module):
-    r"""A chunk's map of covariances, $P \mapsto A^\top (I + P J)^{-1} P A + C$.
-
-    Source: Särkkä & García-Fernández (2021), IEEE TAC 66(1), without the means.
-    """
-
-    closed: Float[Array, "*chunks key key"]  # A: the closed loop from P = 0
-    added: Float[Array, "*chunks key key"]  # C: the covariance after the chunk from P = 0
-    information: Float[Array, "*chunks key key"]  # J: what the chunk says about its start
-
-
-def _element(chunk: Uncertainty) -> _Element:
-    zero = jnp.zeros((chunk.key.shape[-1],) * 2, chunk.key.dtype)
+def _element(chunk: Uncertainty) -> Element:
+    """A chunk's map of covariances; no rows of means."""
+    width = chunk.key.shape[-1]
+    zero, none = jnp.zeros((width, width), chunk.key.dtype), jnp.zeros((0, width), chunk.key.dtype)
     after, _, loop = through_chunk(zero, chunk)
-    return _Element(loop.closed, after, exact_product(loop.seen.T, loop.seen))
-
-
-def _combine(first: _Element, second: _Element) -> _Element:
-    """The map of two chunks in turn."""
-    identity = jnp.eye(first.added.shape[-1], dtype=first.added.dtype)
-    system = identity + exact_product(first.added, second.information)
-    right = jnp.concatenate([first.added, first.closed.mT], axis=-1)
-    solved = jnp.linalg.solve(system, right)
-    width = identity.shape[-1]
-    added, closed = solved[..., :width], solved[..., width:].mT
-    return _Element(
-        exact_product(closed, second.closed),
-        _symmetric(exact_product(exact_product(second.closed.mT, added), second.closed))
-        + second.added,
-        _symmetric(exact_product(exact_product(closed, second.information), first.closed.mT))
-        + first.information,
-    )
+    return Element(loop.closed.T, none, after, none, exact_product(loop.seen.T, loop.seen))
 
 
 def _symmetric(square: Float[Array, "*chunks key key"]) -> Float[Array, "*chunks key key"]:
@@ -351,26 +326,20 @@ def _symmetric(square: Float[Array, "*chunks key key"]) -> Float[Array, "*chunks
 
 def _starts_in_parallel(initial: Square, chunks: Uncertainty) -> Float[Array, "chunk key key"]:
     elements = jax.vmap(_element)(chunks)
-    prefixes = jax.lax.associative_scan(jax.vmap(_combine), elements)
-
-    def apply(element: _Element) -> Square:
-        identity = jnp.eye(len(initial), dtype=initial.dtype)
-        system = identity + exact_product(initial, element.information)
-        inner = exact_product(jnp.linalg.solve(system, initial), element.closed)
-        return _symmetric(exact_product(element.closed.T, inner)) + element.added
-
-    ends = jax.vmap(apply)(prefixes)
+    prefixes = jax.lax.associative_scan(combine, elements)
+    none = jnp.zeros((0, len(initial)), initial.dtype)
+    _, ends = jax.vmap(apply, (0, None, None))(prefixes, none, initial)
     return jnp.concatenate([initial[None], ends[:-1]])
 
 
 def _ends_in_parallel(of_last: Square, closed: Array, own: Array) -> tuple[Array, Square]:
     """Cotangents of every chunk's end and of the initial covariance."""
 
-    def combine(later, earlier):
+    def follow(later, earlier):
         closed = exact_product(earlier[0], later[0])
         own = exact_product(exact_product(earlier[0], later[1]), earlier[0].mT) + earlier[1]
         return closed, own
 
-    suffixes = jax.lax.associative_scan(combine, (closed, own), reverse=True)
+    suffixes = jax.lax.associative_scan(follow, (closed, own), reverse=True)
     of_starts = exact_product(exact_product(suffixes[0], of_last), suffixes[0].mT) + suffixes[1]
     return jnp.concatenate([of_starts[1:], of_last[None]]), of_starts[0]

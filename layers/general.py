@@ -1,9 +1,9 @@
 r"""Any verified filter, token by token or parallel in time.
 
-Parallel in time, a token is the element (A, b, C, η, J): the memory after it given that before it,
-N(A s + b, C), and what it says about that before it, in information form. A change that is itself
-observed, z = H s + e with cov(w, e) = C, is first put as an observation of s and a change of which
-nothing is seen: F − C R⁻¹ H, Q − C R⁻¹ Cᵀ.
+Parallel in time, a token is an element (`layers.elements`): the memory after it given that before
+it, N(A s + b, C), and what it says about that before it, in information form. A change that is
+itself observed, z = H s + e with cov(w, e) = C, is first put as an observation of s and a change of
+which nothing is seen: F − C R⁻¹ H, Q − C R⁻¹ Cᵀ.
 
 Source: Särkkä & García-Fernández (2021), IEEE TAC 66(1), eqs. 10-17.
 """
@@ -11,7 +11,6 @@ Source: Särkkä & García-Fernández (2021), IEEE TAC 66(1), eqs. 10-17.
 from collections.abc import Mapping
 from dataclasses import replace
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -22,6 +21,7 @@ from inference.kalman import advance
 from inference.linear_gaussian import Belief, Evidence, Observation, Observed, Step
 from inference.policies import advance_under
 
+from .elements import Element, apply, combine, solve
 from .precision import in_range
 from .scans import Algorithm
 
@@ -70,8 +70,9 @@ def general_scan(
             elements = jax.vmap(pick)(starts, anew, elements)
         if mask is not None:
             elements = jax.vmap(pick, (0, None, 0))(~mask, _nothing(initial), elements)
-        prefixes = jax.lax.associative_scan(jax.vmap(_combine), elements)
-        ends = jax.vmap(_apply, (0, None))(prefixes, initial)
+        prefixes = jax.lax.associative_scan(combine, elements)
+        along = jax.vmap(apply, (0, None, None))
+        ends = Belief(*along(prefixes, initial.mean, initial.covariance))
         before = jax.tree.map(
             lambda first, rest: jnp.concatenate([first[None], rest[:-1]]), initial, ends
         )
@@ -105,38 +106,30 @@ def _checked(steps: Step, prior: Belief) -> Step:
     return replace(steps, evidence=check(steps.evidence), observation=check(steps.observation))
 
 
-class _Element(eqx.Module):
-    transition: Float[Array, "*time block width width"]  # A
-    mean: Float[Array, "*time block row width"]  # b
-    covariance: Float[Array, "*time block width width"]  # C
-    information: Float[Array, "*time block row width"]  # η
-    precision: Float[Array, "*time block width width"]  # J
-
-
-def _element(step: Step, observed: Observed) -> _Element:
+def _element(step: Step, observed: Observed) -> Element:
     transition, shift, drift = step.transition, step.shift, step.drift
     information = jnp.zeros_like(shift)
     precision = jnp.zeros_like(drift)
     if step.evidence is not None and observed.evidence is not None:
         given = step.evidence
         surprise = observed.evidence - given.shift
-        gain = _solve(given.noise, given.cross.mT).mT
-        weighted = _solve(given.noise, given.observation)
+        gain = solve(given.noise, given.cross.mT).mT
+        weighted = solve(given.noise, given.observation)
         transition = transition - gain @ given.observation
         shift = shift + surprise @ gain.mT
         drift = drift - gain @ given.cross.mT
         information = surprise @ weighted
         precision = given.observation.mT @ weighted
     if step.observation is None or observed.observation is None:
-        return _Element(transition, shift, drift, information, precision)
+        return Element(transition, shift, drift, information, precision)
     given = step.observation
     variance = given.observation @ drift @ given.observation.mT + given.noise
-    gain = _solve(variance, given.observation @ drift).mT
+    gain = solve(variance, given.observation @ drift).mT
     innovation = observed.observation - given.shift - shift @ given.observation.mT
     moved = given.observation @ transition
-    weighted = _solve(variance, moved)
+    weighted = solve(variance, moved)
     kept = jnp.eye(drift.shape[-1]) - gain @ given.observation
-    return _Element(
+    return Element(
         kept @ transition,
         shift + innovation @ gain.mT,
         kept @ drift,
@@ -145,46 +138,15 @@ def _element(step: Step, observed: Observed) -> _Element:
     )
 
 
-def _from_prior(step: Step, observed: Observed, prior: Belief) -> _Element:
+def _from_prior(step: Step, observed: Observed, prior: Belief) -> Element:
     """The element of a token before which the memory is the prior, whatever it was."""
     belief, _ = advance(prior, step, observed)
     zero = jnp.zeros_like(belief.covariance)
-    return _Element(zero, belief.mean, belief.covariance, jnp.zeros_like(belief.mean), zero)
+    return Element(zero, belief.mean, belief.covariance, jnp.zeros_like(belief.mean), zero)
 
 
-def _nothing(belief: Belief) -> _Element:
+def _nothing(belief: Belief) -> Element:
     """The element of a token that is not there."""
     zero, none = jnp.zeros_like(belief.covariance), jnp.zeros_like(belief.mean)
     identity = jnp.broadcast_to(jnp.eye(zero.shape[-1], dtype=zero.dtype), zero.shape)
-    return _Element(identity, none, zero, none, zero)
-
-
-def _combine(first: _Element, second: _Element) -> _Element:
-    identity = jnp.eye(first.covariance.shape[-1])
-    system = identity + first.covariance @ second.precision
-    ahead = _solve(system.mT, second.transition.mT).mT  # A₂ (I + C₁J₂)⁻¹
-    back = _solve(system, first.transition).mT  # A₁ᵀ (I + J₂C₁)⁻¹
-    information = second.information - first.mean @ second.precision
-    return _Element(
-        ahead @ first.transition,
-        (first.mean + second.information @ first.covariance) @ ahead.mT + second.mean,
-        ahead @ first.covariance @ second.transition.mT + second.covariance,
-        information @ back.mT + first.information,
-        back @ second.precision @ first.transition + first.precision,
-    )
-
-
-def _apply(element: _Element, belief: Belief) -> Belief:
-    identity = jnp.eye(belief.covariance.shape[-1])
-    system = identity + belief.covariance @ element.precision
-    ahead = _solve(system.mT, element.transition.mT).mT
-    mean = (belief.mean + element.information @ belief.covariance) @ ahead.mT + element.mean
-    covariance = ahead @ belief.covariance @ element.transition.mT + element.covariance
-    return Belief(mean, (covariance + covariance.mT) / 2)
-
-
-def _solve(
-    matrix: Float[Array, "*block width width"], right: Float[Array, "*block width column"]
-) -> Float[Array, "*block width column"]:
-    """Blocks of one number are divided."""
-    return right / matrix if matrix.shape[-1] == 1 else jnp.linalg.solve(matrix, right)
+    return Element(identity, none, zero, none, zero)

@@ -13,6 +13,7 @@ from .packing import at_padding, document_starts, without_padding
 from .precision import MeanDtype
 from .rules import Exact, Forget, Restored, Rule
 from .scans import Algorithm, filter_scan, initial_belief
+from .sharded import SEQUENCE, rule_refusal, sharded_scan, split_axis
 from .stream import Belief, Reading, Stream
 
 Inputs = Mapping[str, Array]
@@ -72,6 +73,8 @@ class StreamMemory(eqx.Module):
     `reset` σ², else the prior variance), and `step` Δ: then time is continuous, decay, drift and
     noise are rates, and a write counts Δ times.
 
+    Where `jax.set_mesh` names a mesh with an axis "sequence", time is split over its devices.
+
     Where covariances are kept, noise must be at least `prior_variance` × ‖key‖² divided by
     `layers.precision.LARGEST_RATIO`, as `links.bounded_noise` makes it; drift may be of any size.
 
@@ -116,7 +119,8 @@ class StreamMemory(eqx.Module):
             stream = without_padding(stream, mask)
             if isinstance(rule, Restored):
                 rule = replace(rule, restoration=at_padding(rule.restoration, mask, 1))
-        state, reading = filter_scan(
+        scan = sharded_scan if split_axis(SEQUENCE) and rule_refusal(rule) is None else filter_scan
+        state, reading = scan(
             stream,
             self.prior_variance,
             rule,

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from .memory import Memory, Prediction
 from .norm import RootMeanSquareNorm
+from .sharded import HEADS, split_axis
 from .sources import GatedDecay, PerHead, Projected
 
 Source = Projected | PerHead | GatedDecay
@@ -126,7 +127,10 @@ class SequenceMixer(eqx.Module):
         def head(u, state):
             return self.memory(u, state, segment_ids=segment_ids, mask=mask)
 
-        prediction, memories = jax.vmap(head, in_axes=(1, 0), out_axes=(1, 0))(u, state.memories)
+        side_by_side = jax.vmap(
+            head, in_axes=(1, 0), out_axes=(1, 0), spmd_axis_name=split_axis(HEADS, self.heads)
+        )
+        prediction, memories = side_by_side(u, state.memories)
         outputs = self._read_out(x, prediction.mean)
         if mask is not None:
             outputs = jnp.where(mask[:, None], outputs, 0)

@@ -86,7 +86,7 @@ def filter_scan(
             `backend` is "mosaic" and no kernel applies.
     """
     prior = initial_belief(rule, stream.value.shape[-1], stream.key.shape[-1], prior_variance)
-    state = state_dtype(*_floats(stream, initial), prior_variance)
+    state = state_dtype(*floats(stream, initial), prior_variance)
     start = prior if initial is None else initial
     check_widths(stream, start)
     reason = refusal(stream, start, prior_variance, rule, algorithm) or device_refusal()
@@ -98,10 +98,8 @@ def filter_scan(
         raise ValueError(
             f"`rule` is {rule}, which takes one observation a token; this stream has {count}."
         )
-    if isinstance(rule, Restored):
-        parts = (jnp.asarray(part, state) for part in (rule.restoration, rule.variance))
-        rule = Restored(*(jnp.repeat(part, count) if part.ndim else part for part in parts))
     given = stream
+    rule = by_write(rule, count, state)
     stream, start, prior = (cast(tree, state) for tree in (one_by_one(stream), start, prior))
     if algorithm == "token" or stream.length == 0:
         last, reading = token_scan(stream, start, prior, rule)
@@ -113,6 +111,14 @@ def filter_scan(
         outputs, mean = delta_rule(given, start.mean, rule.variance)
         return Belief(mean, None), replace(reading, mean=outputs)
     return last, by_token(reading, count)
+
+
+def by_write(rule: Rule, count: int, dtype) -> Rule:
+    """A rule for `one_by_one` of a stream with `count` observations a token."""
+    if not isinstance(rule, Restored):
+        return rule
+    parts = (jnp.asarray(part, dtype) for part in (rule.restoration, rule.variance))
+    return Restored(*(jnp.repeat(part, count) if part.ndim else part for part in parts))
 
 
 def check_widths(stream: Stream, initial: Belief) -> None:
@@ -130,7 +136,8 @@ def check_widths(stream: Stream, initial: Belief) -> None:
             )
 
 
-def _floats(*trees) -> list[Array]:
+def floats(*trees) -> list[Array]:
+    """The floating-point arrays of trees."""
     leaves = jax.tree.leaves(trees)
     return [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
@@ -148,12 +155,12 @@ def _in_chunks(
     if isinstance(rule, Additive):
         parts = Superposition(stream.key, stream.value, stream.query, log_decay, stream.starts)
         mean, outputs = additive_scan(initial.mean, cut_all(parts), algorithm, dtype)
-        variance, read = _additive_variance(stream, initial, prior)
+        variance, read = additive_variance(stream, initial, prior)
         reading = Reading(join(outputs, time), read, jnp.zeros_like(read))
         return Belief(mean, variance), reading
     if isinstance(rule, Forget):
         return information.forget_scan(stream, initial, prior, algorithm, length)
-    covariance, gain, innovation_variance, read_variance = _gains(
+    covariance, gain, innovation_variance, read_variance = gains(
         stream, initial, prior, rule, algorithm, length
     )
     writes = Writes(stream.key, gain, stream.value, stream.query, log_decay, stream.starts)
@@ -162,7 +169,7 @@ def _in_chunks(
     return Belief(mean, covariance), Reading(join(outputs, time), read_variance, evidence)
 
 
-def _gains(stream: Stream, initial: Belief, prior: Belief, rule: Rule, algorithm, length: int):
+def gains(stream: Stream, initial: Belief, prior: Belief, rule: Rule, algorithm, length: int):
     """Last covariance; every token's gain, innovation variance and read-out variance."""
     match rule:
         case Reset(variance):
@@ -190,15 +197,7 @@ def _reset_gains(stream: Stream, variance: float):
 
 def _exact_gains(stream: Stream, initial: Belief, prior: Belief, rule, algorithm, length: int):
     assert initial.covariance is not None
-    log_decay = None if stream.log_decay is None else per_key(stream.log_decay)
-    drift = None if stream.drift is None else per_key(stream.drift)
-    if isinstance(rule, Restored):
-        # λ = 0 is reached to rounding: √λ has no derivative there, what depends on it has.
-        tiny = jnp.finfo(stream.key.dtype).eps
-        kept = tiny + (1 - tiny) * jnp.broadcast_to(rule.restoration, (stream.length,))[:, None]
-        variance = jnp.broadcast_to(rule.variance, (stream.length,))[:, None]
-        drift = (0 if drift is None else kept * drift) + (1 - kept) * variance
-        log_decay = (0 if log_decay is None else log_decay) + jnp.log(kept) / 2
+    log_decay, drift = covariance_rates(stream, rule)
     restart = None
     if stream.starts is not None:
         assert prior.covariance is not None
@@ -227,7 +226,21 @@ def _exact_gains(stream: Stream, initial: Belief, prior: Belief, rule, algorithm
     )
 
 
-def _additive_variance(stream: Stream, initial: Belief, prior: Belief):
+def covariance_rates(stream: Stream, rule: Rule):
+    """Log decay and drift of the covariance, (time, 1) or (time, key), or None."""
+    log_decay = None if stream.log_decay is None else per_key(stream.log_decay)
+    drift = None if stream.drift is None else per_key(stream.drift)
+    if isinstance(rule, Restored):
+        # λ = 0 is reached to rounding: √λ has no derivative there, what depends on it has.
+        tiny = jnp.finfo(stream.key.dtype).eps
+        kept = tiny + (1 - tiny) * jnp.broadcast_to(rule.restoration, (stream.length,))[:, None]
+        variance = jnp.broadcast_to(rule.variance, (stream.length,))[:, None]
+        drift = (0 if drift is None else kept * drift) + (1 - kept) * variance
+        log_decay = (0 if log_decay is None else log_decay) + jnp.log(kept) / 2
+    return log_decay, drift
+
+
+def additive_variance(stream: Stream, initial: Belief, prior: Belief):
     """Variance after the last token, and of every read-out: P = a²P + q r/(q + r)."""
     time = stream.length
     assert initial.covariance is not None

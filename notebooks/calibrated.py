@@ -55,7 +55,9 @@ def remember(keys, values, noise, true_noise, before=lambda P: P):
         s = k @ P @ k + noise
         g = P @ k / s
         M, P = M + np.outer(v - M @ k, g), P - s * np.outer(g, g)
-        E = (IDENTITY - np.outer(g, k)) @ E @ (IDENTITY - np.outer(k, g)) + true_noise * np.outer(g, g)
+        E = (IDENTITY - np.outer(g, k)) @ E @ (IDENTITY - np.outer(k, g)) + true_noise * np.outer(
+            g, g
+        )
     return M, P, E
 
 
@@ -166,7 +168,9 @@ for kind, colour in COLOURS.items():
     axis.plot(100 * levels[::3], measured, "o", color=colour, label=label)
 axis.set(xlabel="stated probability of a central interval (%)", xlim=(0, 100), ylim=(0, 101))
 axis.set(ylabel="how often it holds the truth (%)")
-axis.set_title("Only the exact filter's intervals hold what they say\n(lines predicted, dots measured)")
+axis.set_title(
+    "Only the exact filter's intervals hold what they say\n(lines predicted, dots measured)"
+)
 axis.legend(loc="lower right")
 plt.show()
 
@@ -213,6 +217,7 @@ plt.show()
 # known in advance too. The second part grows with the *square* of the errors for a memory that is too
 # sure, and only with a logarithm for one that is too careful.
 
+
 # %%
 def score(mean, stated):
     return calibration(mean, stated, wanted).log_score
@@ -247,7 +252,9 @@ plt.show()
 np.testing.assert_allclose(assumed[:, 0], assumed[:, 1:].sum(axis=1), rtol=0.1, atol=0.01)
 assert assumed[0, 0] > 4 * assumed[-1, 0]
 assert abs(reset[0] - reset[1] - reset[2]) < 0.05
-print(f"assuming 1/16 of the noise loses {assumed[0, 0]:.2f} nats, 16 times it {assumed[-1, 0]:.2f}")
+print(
+    f"assuming 1/16 of the noise loses {assumed[0, 0]:.2f} nats, 16 times it {assumed[-1, 0]:.2f}"
+)
 print(f"the reset loses {reset[1]:.2f} by larger errors and {reset[2]:.2f} by wrong doubt")
 
 # %% [markdown]

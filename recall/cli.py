@@ -64,7 +64,7 @@ def _run(request: argparse.Namespace) -> int:
         with jax.enable_x64(True):
             record_file = _record_file(request)
             code, record = request.command(request)
-            if record_file is not None:
+            if record_file is not None and record is not None:
                 _write(record_file, record)
     except ModelError as error:
         return _wrong_request(request, error, str(error))

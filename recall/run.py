@@ -9,6 +9,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from layers.mixer import parameter_count
 
@@ -17,8 +18,10 @@ from .courses import held_out
 from .disturbances import disturbed
 from .evaluation import evaluate
 from .layers_by_name import mixer_maker
+from .meshes import gathered, placed
 from .models import MakeMixer, PairEmbedding, RecallModel
 from .plans import Plan, as_data, harder
+from .processes import of_first_process
 from .records import record, write_json
 from .run_folder import RunFolder
 from .tasks.associative import AssociativeRecall
@@ -39,7 +42,7 @@ Stage = Callable[[str], None]
 def finish(
     folder: RunFolder,
     *,
-    devices: int = 1,
+    mesh: Mesh | None = None,
     report: Report = lambda *told: None,
     stage: Stage = lambda name: None,
     command: str = "",
@@ -49,7 +52,7 @@ def finish(
 
     Args:
         folder: of the run, with its plan.
-        devices: how many share the rows of a batch.
+        mesh: of devices that share the run; one device where left out.
         report: called after each step.
         stage: called as testing begins.
         command: that makes the record again.
@@ -60,6 +63,7 @@ def finish(
     """
     plan, began = folder.plan(), time.perf_counter()
     runs, first, history = folder.load(start(plan, _maker(plan)))
+    runs, writes = placed(runs, mesh), jax.process_index() == 0
     pieces = history.setdefault("pieces", [])
     pieces.append([0.0, 0, 0.0])
     saved = time.perf_counter()
@@ -74,19 +78,20 @@ def finish(
 
     step = first
     while step < plan.course.length:
-        if time.perf_counter() > deadline:
+        if of_first_process(time.perf_counter() > deadline):
             return None
         ahead = min(plan.course.length, step + _SMOOTHED)
-        runs = train(plan, runs, step, ahead, after, devices)
+        runs = train(plan, runs, step, ahead, after, mesh)
         step = ahead
         now = time.perf_counter()
         due = now - saved > _SECONDS_BETWEEN_SAVES or now > deadline
-        if due or step == plan.course.length:
+        if of_first_process(due) or step == plan.course.length:
             pieces[-1] = [now - began, spent.tokens, spent.seconds]
             folder.save(runs, step, history)
             saved = time.perf_counter()
     _, tokens, timed = np.sum(pieces, axis=0)
     stage("testing")
+    runs = gathered(runs, mesh)
     metrics = {
         "runs": [{"rate": rate, "seed": seed} for rate, seed in plan.runs],
         "parameters": parameter_count(_first(runs.models)),
@@ -96,7 +101,11 @@ def finish(
         "final_loss": np.mean(history["loss"][-_SMOOTHED:], axis=0),
     }
     seconds = sum(piece[0] for piece in pieces[:-1]) + time.perf_counter() - began
+    if mesh is not None:
+        metrics["mesh"] = dict(mesh.shape)
     found = record(as_data(plan), metrics, command=command, seed=list(plan.seeds), seconds=seconds)
+    if not writes:
+        return found
     write_json(folder.record_file, found)
     plots.learning_curve(folder.path / "learning_curve.png", plan, history)
     plots.accuracy_by_load(folder.path / "accuracy_by_load.png", plan, metrics["test"])

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .mesh_sizes import read_sizes
 from .task_options import TASK_NAMES, add_row_options, chosen_rows
 from .terminal import ProgressBar, console
 
@@ -45,7 +46,17 @@ def add_train_options(command: argparse.ArgumentParser) -> None:
     )
     _add_minutes(command)
     command.add_argument(
-        "--devices", type=_positive, default=1, help="devices that share a batch (default 1)"
+        "--mesh",
+        type=read_sizes,
+        metavar="AXIS=N,...",
+        help="devices that share the run: data (rows), heads, sequence (time)",
+    )
+    command.add_argument(
+        "--processes",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="of the run: SLURM's, Kubernetes', or else started on this host (default 1)",
     )
     add_row_options(command)
 
@@ -69,39 +80,81 @@ def add_sweep_options(command: argparse.ArgumentParser) -> None:
 
 
 def run_train(request: argparse.Namespace) -> tuple[int, Any]:
-    """Train, and print what came of it."""
+    """Train, and print what came of it; in several processes where they are asked for."""
+    if request.processes == 1:
+        return _train(request)
+    from .processes import LostProcess, joined, leave, run_here
+    from .run_folder import RunFolder
+
+    folder, member = RunFolder(request.out), joined(request.processes)
+    try:
+        if member:
+            return _train_together(request)
+        code = run_here([sys.executable, "-m", "recall.cli", *sys.argv[1:]], request.processes)
+    except LostProcess as lost:
+        print(
+            f"mbd train: {lost}, so the run stopped; add --resume to go on after step "
+            f"{folder.saved_step()}",
+            file=sys.stderr,
+        )
+        if member:
+            leave(1)
+        return 1, None
+    return code, folder.record()
+
+
+def _train_together(request: argparse.Namespace) -> tuple[int, Any]:
+    """Train as one of several processes, of which the first prints and writes.
+
+    Raises:
+        LostProcess: another ended, or cannot be reached.
+    """
+    import jax
+
+    from .processes import LostProcess
+
+    try:
+        return _train(request)
+    except jax.errors.JaxRuntimeError as error:
+        raise LostProcess("a process of the run ended, or cannot be reached") from error
+
+
+def _train(request: argparse.Namespace) -> tuple[int, Any]:
     import jax
 
     from design_models import ModelError
 
     from .layers_by_name import mixer_maker
+    from .meshes import check_plan, make_mesh
+    from .processes import wait_for_all
     from .run import finish
     from .run_folder import RunFolder
     from .training_reports import training_table
 
-    folder = RunFolder(request.out)
-    available = len(jax.devices())
-    if request.devices > available:
-        raise ModelError(f"`--devices` is {request.devices}; JAX has {available} here.")
+    folder, sizes = RunFolder(request.out), request.mesh or {}
+    if request.processes > 1 and not sizes:
+        raise ModelError("`--mesh` is missing; say what processes share, as in --mesh data=2.")
+    mesh = make_mesh(sizes) if sizes else None
+    plan = folder.plan() if request.resume else _plan(request)
+    if plan.task != request.task:
+        raise ModelError(f"{request.out} holds a run of {plan.task}, not {request.task}.")
+    mixer_maker(plan.layer, plan.heads, expansion=plan.expansion)  # wrong names come to light
+    check_plan(plan, sizes)
     if not request.resume:
-        plan = _plan(request)
-        if plan.course.batch % request.devices:
-            raise ModelError(
-                f"`--batch` is {plan.course.batch}, no multiple of `--devices` {request.devices}."
-            )
-        mixer_maker(plan.layer, plan.heads, expansion=plan.expansion)  # wrong names come to light
-        folder.create(plan)
-    elif folder.plan().task != request.task:
-        raise ModelError(f"{request.out} holds a run of {folder.plan().task}, not {request.task}.")
+        if jax.process_index() == 0:
+            folder.create(plan)
+        wait_for_all("the folder")
     with jax.enable_x64(False), ProgressBar() as bar:
         found = finish(
             folder,
-            devices=request.devices,
+            mesh=mesh,
             report=bar.report,
             stage=bar.stage,
             command=shlex.join(["mbd", *sys.argv[1:]]),
             deadline=_deadline(request),
         )
+    if jax.process_index() > 0:
+        return 0, None
     if found is None:
         print(f"stopped with a checkpoint after {request.minutes:g} minutes; --resume goes on")
         return 0, {"finished": False}

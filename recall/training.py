@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from layers.sharded import DATA, split_axis
 from layers.sources import PerHead
 
 from .courses import Course, Questions
+from .meshes import everywhere, in_use, kept_in_place, shown
 from .models import MakeMixer, RecallModel, pair_model, token_model
 from .plans import Plan
 from .tasks.associative import AssociativeRecall
@@ -59,7 +61,7 @@ def train(
     first: int,
     last: int,
     report: Report = lambda *told: None,
-    devices: int = 1,
+    mesh: Mesh | None = None,
 ) -> Runs:
     """Train from step `first` to before step `last` of the plan's course.
 
@@ -69,20 +71,22 @@ def train(
         first: step to begin with.
         last: step to end before.
         report: called for each step, while the device is at later ones.
-        devices: how many devices share the rows of a batch.
+        mesh: of the devices that runs are placed on (`recall.meshes`).
     """
     course, stretch = plan.course, _stretch_of(plan.weight_decay)
-    rates = jnp.asarray([rate for rate, _ in plan.runs], jnp.float32)
-    rng, room = jax.random.key(course.seed), _STRETCH if course.epochs else 1
+    rates = np.asarray([rate for rate, _ in plan.runs], np.float32)
+    rng = np.asarray(jax.random.key_data(jax.random.key(course.seed)))
+    room = _STRETCH if course.epochs else 1
     waiting: Callable[[], None] | None = None
     for steps in _stretches(course, first, last, room):
         batches = [course.questions(step) for step in steps]
         scales = np.zeros(room, np.float32)
         scales[: len(steps)] = [0.5 * (1 + np.cos(np.pi * course.progress(step))) for step in steps]
         shape = room, course.batch, course.most_asked(batches[0].inputs.shape[1])
-        asked = _on_devices(_stacked(batches, *shape), devices)
-        count, begin = jnp.int32(len(steps)), jnp.int32(steps[0])
-        runs, told = stretch((rates, asked, jnp.asarray(scales), begin, count, rng), runs)
+        asked = shown(_stacked(batches, *shape), mesh)
+        count, begin = np.int32(len(steps)), np.int32(steps[0])
+        with in_use(mesh):
+            runs, told = stretch((rates, asked, scales, begin, count, rng), runs)
         if waiting is not None:
             waiting()
         waiting = partial(_tell, report, steps, told, [batch.tokens for batch in batches])
@@ -110,9 +114,12 @@ def loss_and_accuracy(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Mean cross entropy of all questions, and accuracy averaged over the rows that have some."""
     rngs = None if rng is None else jax.random.split(rng, len(asked.inputs))
-    answer = jax.vmap(lambda inputs, places, rng: model(inputs, places, rng=rng))(
-        asked.inputs, asked.places, rngs
-    )
+
+    def row(inputs, places, rng):
+        return model(inputs, places, rng=rng)
+
+    rows = jax.vmap(row, spmd_axis_name=split_axis(DATA, len(asked.inputs)))
+    answer = rows(asked.inputs, asked.places, rngs)
     losses = optax.softmax_cross_entropy_with_integer_labels(answer.logits, asked.answers)
     right = jnp.argmax(answer.logits, axis=-1) == asked.answers
     counts = jnp.sum(asked.weights, axis=1)
@@ -135,7 +142,7 @@ def _stretch_of(weight_decay: float) -> Callable[..., tuple[Runs, Array]]:
     """One program for any number of steps, so that it does not matter where a run is resumed.
 
     Returns:
-        Maps ((rates, batches, scales of the rates, first step, count of steps, rng), runs) to the
+        Maps ((rates, batches, scales of the rates, first step, count of steps, key), runs) to the
         runs after them and (loss or accuracy, step, run).
     """
     transform = _adam(weight_decay)
@@ -153,8 +160,9 @@ def _stretch_of(weight_decay: float) -> Callable[..., tuple[Runs, Array]]:
         )
 
     @eqx.filter_jit(donate="all-except-first")
-    def stretch(shown, runs):
-        rates, asked, scales, first, count, rng = shown
+    def stretch(given, runs):
+        rates, asked, scales, first, count, words = given
+        rng = jax.random.wrap_key_data(words)
         arrays, rest = eqx.partition(runs, eqx.is_array)
 
         def body(place, carry):
@@ -162,11 +170,12 @@ def _stretch_of(weight_decay: float) -> Callable[..., tuple[Runs, Array]]:
             now = jax.tree.map(lambda part: part[place], asked)
             rng_now = jax.random.fold_in(rng, first + place)
             after, found = step(eqx.combine(arrays, rest), rates, now, scales[place], rng_now)
-            return eqx.filter(after, eqx.is_array), told.at[:, place].set(found)
+            after = kept_in_place(eqx.filter(after, eqx.is_array))
+            return after, told.at[:, place].set(found)
 
         told = jnp.zeros((2, len(scales), len(rates)))
         arrays, told = jax.lax.fori_loop(0, count, body, (arrays, told))
-        return eqx.combine(arrays, rest), told
+        return eqx.combine(arrays, rest), everywhere(told)
 
     return stretch
 
@@ -205,12 +214,3 @@ def _stacked(batches: list[Questions], steps: int, rows: int, queries: int) -> A
         stack([batch.answers for batch in batches], queries),
         stack([batch.weights for batch in batches], queries),
     )
-
-
-def _on_devices(asked: Asked, devices: int) -> Asked:
-    """Put batches on devices, rows shared among them."""
-    if devices == 1:
-        return jax.tree.map(jnp.asarray, asked)
-    mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",))
-    rows = NamedSharding(mesh, PartitionSpec(None, "data"))
-    return jax.tree.map(lambda part: jax.device_put(part, rows), asked)
