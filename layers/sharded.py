@@ -26,6 +26,7 @@ Source: Särkkä & García-Fernández (2021), IEEE TAC 66(1); Blelloch (1990) fo
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -201,7 +202,7 @@ def _start(stream, prior_variance, rule, initial: Belief, axis: str, algorithm) 
     covariance = None
     if isinstance(rule, Exact | Restored):
         element = _element(stream, prior, rule, algorithm)
-        state = initial.mean, initial.covariance
+        state: Any = initial.mean, initial.covariance
         mean, covariance = before(
             axis, element, combine, lambda part, now: apply(part, *now), state
         )
@@ -275,6 +276,7 @@ def _additive_start(stream: Stream, initial: Belief, prior: Belief, axis: str, a
     log_decay = None if stream.log_decay is None else per_key(stream.log_decay)
     parts = Superposition(stream.key, stream.value, stream.query, log_decay, stream.starts)
     chunks = jax.tree.map(lambda array: cut(array, length), parts)
+    assert prior.covariance is not None
     none = Belief(jnp.zeros_like(initial.mean), jnp.zeros_like(prior.covariance))
     written, _ = additive_scan(none.mean, chunks, algorithm)
     added, _ = additive_variance(stream, none, prior)

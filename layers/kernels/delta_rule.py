@@ -87,7 +87,7 @@ def delta_rule(
     )
 
 
-def _rows(documents: bool, key, value, query, strength, log_decay, mean, document):
+def _rows(documents: bool, number, key, value, query, strength, log_decay, mean, document):
     """Of many heads, as one batch whose rows have one head each."""
     from jla.ops import linear_attention  # pyright: ignore[reportMissingImports]
 
@@ -118,14 +118,15 @@ def _backward(documents: bool, head: DeltaHead, cotangents):
     """Of all heads at once; the forward pass is made again, which is cheap."""
     *numbers, document = head
 
-    def rows(of_outputs, of_last, document, *numbers):
+    def rows(count, of_outputs, of_last, document, *numbers):
         def run(*numbers):
-            return _rows(documents, *numbers, document)
+            return _rows(documents, count, *numbers, document)
 
         return jax.vjp(run, *numbers)[1]((of_outputs, of_last))
 
     found: Any = over_rows(rows)(*cotangents, document, *numbers)
-    return (DeltaHead(*found, None),)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    given: Any = dict(zip(DeltaHead._fields, (*found, None), strict=True))
+    return (DeltaHead(**given),)
 
 
 _head.defvjp(_forward, _backward)

@@ -11,7 +11,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float
 
 from . import reverse, segments, wide
-from .blocks import Rates, kept_sums, kept_within, rates, ratios_within, sums
+from .blocks import kept_sums, kept_within, rates, ratios_within, sums
 from .forward import CHUNK, WIDTH, filter_blocks, split
 from .restored import of_kept as cotangent_of_kept
 
@@ -129,8 +129,10 @@ def _run(head: Head, values: int, interpret: bool, save: bool) -> tuple[Filtered
             )
         cut = partial(segments.cut, segments=parts)
         found = filter_blocks(
-            *map(cut, (key, value, query)),
-            Rates(*(part if part is None else cut(part) for part in numbers)),
+            cut(key),
+            cut(value),
+            cut(query),
+            jax.tree.map(cut, numbers),
             covariance.reshape(-1, *covariance.shape[-2:]),
             mean.reshape(-1, *mean.shape[-2:]),
             save=save,
@@ -234,7 +236,8 @@ def _reverse_rows(names, values: int, interpret: bool, number: int, *arrays: Arr
     parts = segments.count(number, key.shape[1] // CHUNK) if cuttable else 1
     here = SimpleNamespace(**{name: segments.cut(part, parts) for name, part in given.items()})
     depth = 1 if key.dtype == jnp.bfloat16 else reverse.PIECES
-    numbers = reverse.Numbers(*(getattr(here, name, None) for name in reverse.Numbers._fields))
+    parts_of: Any = {name: getattr(here, name, None) for name in reverse.Numbers._fields}
+    numbers = reverse.Numbers(**parts_of)
     tokens = split(here.key, depth), split(here.query, depth)
     by_chunk = numbers.by_chunk()
     found = reverse.local(
@@ -242,6 +245,7 @@ def _reverse_rows(names, values: int, interpret: bool, number: int, *arrays: Arr
     )
     asked = *tokens, here.of_mean, by_chunk, found
     if parts > 1:
+        assert loops is not None
         lasts = segments.ends(asked, loops, *lasts, parts, interpret=interpret)
     recur = reverse.recur if narrow else wide.recur
     got = recur(*asked, here.means, here.covariances, *lasts, dtype=key.dtype, interpret=interpret)

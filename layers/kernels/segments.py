@@ -32,6 +32,7 @@ segment's place in the joining 50. So rows × S is at most one wave of programs,
 for N chunks. S divides N, which `padded` makes easy; from 3 segments on it pays.
 """
 
+from functools import partial
 from math import isqrt
 from typing import Any, NamedTuple
 
@@ -118,7 +119,7 @@ def starts(
         segments: how many.
         interpret: whether kernels are simulated on a CPU.
     """
-    parts = Rates(*(None if part is None else cut(part, segments) for part in given))
+    parts = jax.tree.map(partial(cut, segments=segments), given)
     found = elements(cut(key, segments), cut(value, segments), parts, interpret=interpret)
     root = roots(found.information, interpret)
 
