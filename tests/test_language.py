@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_checkpoints import SMALL, drawn
+from test_checkpoints import SMALL, checkpoint, drawn
 
 from design_models import ModelError
 from layers import LanguageModel
@@ -261,7 +261,7 @@ def test_another_librarys_delta_rule_is_ours_with_its_gradients():
         assert apart < 1e-2 * jnp.linalg.norm(expected)
 
 
-TINY = shlex.split("--length 700 --needle-rows 4 --batch 2 --float32 --answers 2 --devices 1")
+TINY = shlex.split("--length 64 --needles 0 --batch 2 --float32 --devices 1")
 
 
 def run(*arguments) -> int:
@@ -273,7 +273,7 @@ def test_a_teacher_is_trained_stopped_and_gone_on_with_then_distilled(text, tmp_
     sizes = shlex.split(
         "--vocabulary 300 --d-model 8 --depth 1 --heads 1 --key-width 4 --value-width 4"
     )
-    pretrain = ["pretrain", text, *TINY, *sizes, "--cache", tmp_path / "cache", "--tokens", 2800]
+    pretrain = ["pretrain", text, *TINY, *sizes, "--cache", tmp_path / "cache", "--tokens", 256]
     teacher, stopped = tmp_path / "teacher", tmp_path / "stopped"
     assert run(*pretrain, "--out", stopped, "--minutes", 1e-9) == 0
     assert "--resume goes on" in capsys.readouterr().out
@@ -289,16 +289,47 @@ def test_a_teacher_is_trained_stopped_and_gone_on_with_then_distilled(text, tmp_
     assert read_checkpoint(teacher / "model").configuration.d_model == 8
     assert run("convert", teacher / "model") == 0
 
-    student = tmp_path / "student"
-    distil = ["distill", teacher / "model", "--text", text, *TINY, "--cache", tmp_path / "cache"]
-    assert run(*distil, "--matching", 1, "--steps", 1, "--out", student) == 0
-    assert "inside restored layers" in capsys.readouterr().out
+    capsys.readouterr()
+    tell(text, tmp_path, teacher / "model", "--control")
+    assert "control after" in capsys.readouterr().out
+
+
+def tell(text: Path, folder: Path, teacher: Path, *options: str) -> None:
+    """Distil, and look at what is left."""
+    student = folder / "student"
+    distil = ["distill", teacher, "--text", text, *TINY, "--cache", folder / "cache"]
+    assert run(*distil, *options, "--matching", 1, "--steps", 1, "--out", student) == 0
     metrics = json.loads((student / "record.json").read_text())["metrics"]
     for name in ("teacher", "before", "after"):
         assert metrics[name]["perplexity"] > 1
     assert metrics["device_seconds"] > 0
-    (learned,) = restorations(read_checkpoint(student / "model").model).values()
-    np.testing.assert_allclose(learned, metrics["after"]["inside"]["0"]["restoration"], rtol=1e-5)
-    assert run(*distil, "--layers", 5, "--out", tmp_path / "none") == 2
-    assert run("distill", student / "model", "--text", text, *TINY, "--out", tmp_path / "no") == 2
+    learned = restorations(read_checkpoint(student / "model").model)
+    inside = metrics["after"]["inside"]
+    assert {str(layer) for layer in learned} == set(inside)
+    for layer, dial in learned.items():
+        np.testing.assert_allclose(dial, inside[str(layer)]["restoration"], rtol=1e-5)
+
+
+def small_teacher(folder: Path) -> Path:
+    """A checkpoint folder of drawn weights, with a vocabulary."""
+    settings = {**SMALL, "vocab_size": VOCABULARY.get_vocab_size(), "num_hidden_layers": 1}
+    VOCABULARY.save(str(checkpoint(folder / "teacher", settings) / "tokenizer.json"))
+    return folder / "teacher"
+
+
+@pytest.mark.exhaustive
+def test_bayesian_layers_are_distilled_and_read_again(text, tmp_path, capsys):
+    teacher = small_teacher(tmp_path)
+    tell(text, tmp_path, teacher)
+    assert "inside restored layers" in capsys.readouterr().out
+    again = tmp_path / "student" / "model"
+    assert run("distill", again, "--text", text, *TINY, "--out", tmp_path / "no") == 2
     assert "name its teacher" in capsys.readouterr().err
+
+
+def test_a_layer_that_is_not_there_is_refused_before_a_folder_is_made(text, tmp_path, capsys):
+    teacher = small_teacher(tmp_path)
+    wrong = ["distill", teacher, "--text", text, *TINY, "--out", tmp_path / "none"]
+    assert run(*wrong, "--layers", 5) == 2
+    assert "`layers` holds 5" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()

@@ -87,8 +87,9 @@ def delta_rule(
     )
 
 
-def _rows(documents: bool, number, key, value, query, strength, log_decay, mean, document):
+def _rows(documents: bool, number: int, *head: Array):
     """Of many heads, as one batch whose rows have one head each."""
+    key, value, query, strength, log_decay, mean, document = head
     from jla.ops import linear_attention  # pyright: ignore[reportMissingImports]
 
     options: dict[str, Any] = {"segment_ids": document} if documents else {}

@@ -189,15 +189,18 @@ def pretrain(
 def held_out(
     model: LanguageModel, corpus: Corpus, devices: int, compute: Compute
 ) -> dict[str, float]:
-    """Perplexity on unseen prose, and the share of unseen needles that are found."""
+    """Perplexity on unseen prose, and the share of unseen needles found; nan where none is."""
     mesh = mesh_of(devices)
     loss = loss_of(prose_scorer(corpus.end, mesh, compute)(model, corpus.held_out[:MOST_HELD_OUT]))
-    found = retrieval_scorer(corpus.end, mesh, compute)(model, corpus.held_out_needles)
+    retrieved = math.nan
+    if len(corpus.held_out_needles):
+        found = retrieval_scorer(corpus.end, mesh, compute)(model, corpus.held_out_needles)
+        retrieved = float(np.mean(found))
     return {
         "loss": loss.mean,
         "loss_error": loss.error,
         "perplexity": loss.perplexity,
-        "retrieved": float(np.mean(found)),
+        "retrieved": retrieved,
     }
 
 

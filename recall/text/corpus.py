@@ -26,6 +26,7 @@ Rows = UInt16[np.ndarray, "row place"]
 _SHORTEST = 96
 _TEXTS_AT_ONCE = 2048
 _HELD_OUT_SEED = 10**6
+_MOST_HELD_OUT = 128
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,14 @@ def _made(
         "prose": prose,
         "needles": _packed(tokenizer, sources, prose, rows, mixture.length, rng),
         "held_out": unseen[: len(unseen) // width * width].reshape(-1, width),
-        "held_out_needles": _packed(tokenizer, unseen_sources, unseen, 128, mixture.length, other),
+        "held_out_needles": _packed(
+            tokenizer,
+            unseen_sources,
+            unseen,
+            min(_MOST_HELD_OUT, rows),
+            mixture.length,
+            other,
+        ),
     }
 
 
