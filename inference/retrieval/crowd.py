@@ -28,7 +28,6 @@ sums of means, exact for every K.
 from typing import Any, NamedTuple
 
 import numpy as np
-
 from jaxtyping import Float
 
 from .one_key import Gains, after, gain_weights
@@ -164,6 +163,11 @@ def reset_entry_crowd(others: int, width: int, noise: float, *, target_last: boo
     return Crowded(delta * (1 - delta / width) ** others, intrusion)
 
 
+def mean_retention(others: int | float, width: int, noise: float) -> float:
+    """Retention of `exact_crowd`, of one write among any number of others, whole or not."""
+    return float(_retention(others, width, noise, 1)[0])
+
+
 def derivative(function: Any, at: float) -> float:
     """Derivative of an analytic function, to rounding: Im f(x + iε)/ε."""
     step = 1e-25
@@ -188,7 +192,7 @@ def _weight(mean: Any, noise: Any) -> tuple[Any, Any, Any]:
     return mean / total, noise / total**2, -2 * noise / total**3
 
 
-def _retention(others: int, width: int, noise: Any, target: int) -> tuple[Any, Any]:
+def _retention(others: int | float, width: int, noise: Any, target: int) -> tuple[Any, Any]:
     """E φ and E φ²."""
     mean, spread, shift = _bulk(others / width, noise)
     weight, first, second = _weight(mean, noise / target)

@@ -4,6 +4,7 @@ import math
 
 from design_models import ModelError
 
+from .crowd import mean_retention
 from .one_key import settling_rate
 
 
@@ -66,12 +67,22 @@ def capacity(share: float, width: int, noise: float) -> float:
 
     Marchenko-Pastur's equation solved for the load, with φ = f/(1 + ρ) and m = ρφ/(1 − φ),
 
-    $$ N = K (1 - m)/\varphi; \qquad f = \tfrac12:\; N = 2K\,\frac{(1 + \rho)^2}{1 + 2\rho}. $$
+    $$ N = K (1 - m)/\varphi; \qquad f = \tfrac12:\; N = 2K\,\frac{(1 + \rho)^2}{1 + 2\rho}, $$
 
-    A delta rule's half is at 0.69 K/β. For wide keys, error O(1/K).
+    and moved by the correction of `crowd` over its slope in N, $-\varphi\varphi'/(K (1 +
+    c\varphi'))$, so that the error is O(1/K²). A delta rule's half is at 0.69 K/β.
+
+    Args:
+        share: f.
+        width: K.
+        noise: ρ.
     """
     weight = share / (1 + noise)
-    return width * (1 - noise * weight / (1 - weight)) / weight
+    mean = noise * weight / (1 - weight)
+    others = width * (1 - mean) / weight
+    first = noise / (noise + mean) ** 2
+    slope = -weight * first / (width + others * first)
+    return others - (mean_retention(others, width, noise) - weight) / slope
 
 
 def _half(rate: float) -> float:
