@@ -303,7 +303,7 @@ for place in range(MEMORIES):
 retained = exact_crowd(LOAD - 1, KEY, NOISE).retention  # h/(1 + h)
 expected = NOISE * retained * (cosines**2 + (1 - cosines**2) / (1 - retained))
 
-figure, axis = plt.subplots()
+figure, axis = plt.subplots(figsize=(8.5, 4))
 axis.plot(
     cosines, 100 * np.mean(recalled, axis=0), "D-", color="C1", label="says its neighbour's value"
 )
@@ -311,9 +311,9 @@ axis.plot(cosines, 100 * np.mean(passed, axis=0), "s-", color="C2", label="... a
 axis.plot(cosines, 100 * expected, color="C0", label="stated variance, predicted")
 axis.plot(cosines, 100 * np.mean(doubt, axis=0), "o", color="C0", label="stated variance, measured")
 axis.set(xlabel="cosine of the key asked for with a stored key")
-axis.set(ylabel="of all answers, or of the prior variance (%)", ylim=(-2, 102))
+axis.set(ylabel="share of answers, or of prior variance (%)", ylim=(-2, 102))
 axis.set_title("False memories come easily, and the variance knows them")
-axis.legend(loc="center left", bbox_to_anchor=(0.0, 0.42))
+axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
 plt.show()
 
 np.testing.assert_allclose(np.mean(doubt, axis=0), expected, rtol=0.05)
