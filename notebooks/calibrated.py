@@ -13,31 +13,37 @@
 # %% [markdown]
 # # Is this memory calibrated?
 #
-# A memory that filters exactly says, with every answer, how far to trust it. Is that number honest?
-# And what does it cost when it is not?
+# A memory that filters exactly says, with every answer, how far to trust it. Is that number
+# honest? And what does it cost when it is not?
 #
-# **The model.** A memory $S$ maps keys to values. It starts as $S \sim N(0, 1)$, entry by entry, and
-# every token is a noisy reading of it:
+# **The model.** A memory $S$ maps keys to values. It starts as $S \sim N(0, 1)$, entry by entry,
+# and every token is a noisy reading of it:
 #
 # $$ v_t = S k_t + e_t, \qquad e_t \sim N(0, r). $$
 #
-# **The memory, in ten lines of NumPy.** Four memories differ only in what is done to the covariance
-# $P$ before a write, and in the noise that they assume. Beside $P$, which is what a memory *believes*
-# about its errors, we carry the covariance `E` that its errors truly *have*: whatever gain $g$ a
-# memory uses, its error goes $e \mapsto (I - g k^\top) e + g\,\varepsilon$.
+# **The memory, in ten lines of NumPy.** Four memories differ only in what is done to the
+# covariance $P$ before a write, and in the noise that they assume. Beside $P$, which is what a
+# memory *believes* about its errors, we carry the covariance `E` that its errors truly *have*:
+# whatever gain $g$ a memory uses, its error goes $e \mapsto (I - g k^\top) e + g\,\varepsilon$.
 
 # %%
+import arviz as az
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import ml_dtypes
 import numpy as np
-import numpyro  # noqa: F401  (before ArviZ)
-import arviz as az  # isort: skip
 
 from design_models import associative_regression
 from inference import derive
-from inference.calibration import calibration, coverage, nats_lost, pit, pit_distribution
+from inference.calibration import (
+    calibration,
+    coverage,
+    nats_lost,
+    pit,
+    pit_distribution,
+    uniformity,
+)
 from inference.equations import equations
 from layers import Stream, filter_scan
 
@@ -109,7 +115,7 @@ wanted = truth @ queries.T
 # same filter with its covariance reset before every write, which is the delta rule.
 
 # %%
-small = derive(associative_regression(value_width=2, key_width=3))
+small = derive(associative_regression(value_width=1, key_width=2))
 print(*equations(small), sep="\n")
 
 # %% [markdown]
@@ -119,7 +125,7 @@ print(*equations(small), sep="\n")
 said = ask("exact filter", 0.1)
 values = keys @ truth.T + np.sqrt(0.1) * errors
 stream = Stream(jnp.asarray(keys), jnp.asarray(values), jnp.asarray(keys), jnp.full(WRITES, 0.1))
-belief, _ = filter_scan(stream)
+belief, _ = filter_scan(stream, algorithm="token")
 gap = np.max(np.abs(said[0] - np.asarray(belief.mean) @ queries.T))
 print(f"largest difference between the two filters' means: {gap:.1e}")
 assert gap < 1e-10
@@ -127,17 +133,18 @@ assert gap < 1e-10
 # %% [markdown]
 # ## Predictions, before any answer is compared
 #
-# A transform $u = \Phi((y - m)/s)$ of the truth $y$ is uniform for an honest memory. If errors have
-# variance $\sigma^2$ where $s^2$ is stated, it is not: $P(u \le p) = \Phi(\Phi^{-1}(p)\,s/\sigma)$.
-# Both variances are known without a single draw, so all that follows is predicted:
+# A transform $u = \Phi((y - m)/s)$ of the truth $y$ is uniform for an honest memory. If errors
+# have variance $\sigma^2$ where $s^2$ is stated, it is not: $P(u \le p) =
+# \Phi(\Phi^{-1}(p)\,s/\sigma)$. Both variances are known without a single draw, so all that
+# follows is predicted:
 #
 # * the **exact** filter: $s = \sigma$, so every interval holds what it says;
-# * the **reset**: at most one direction was just written, all others are called unknown. It will be
-#   far *too unsure*, and the more it has seen, the more so;
+# * the **reset**: at most one direction was just written, all others are called unknown. It will
+#   be far *too unsure*, and the more it has seen, the more so;
 # * **noise taken as a quarter**: $\sigma^2/s^2 \to 4$, so that 90 % intervals hold
 #   $2\Phi(1.645/2) - 1 = 59\,\%$ of the truths;
-# * **bfloat16**: it keeps 8 bits, so a variance below $2^{-8} \approx 0.004$ of the prior's drowns in
-#   rounding. Harmless at $r = 0.1$, ruinous at $r = 0.001$.
+# * **bfloat16**: it keeps 8 bits, so a variance below $2^{-8} \approx 0.004$ of the prior's
+#   drowns in rounding. Harmless at $r = 0.1$, ruinous at $r = 0.001$.
 
 # %%
 NOISE = {kind: 0.001 if kind == "bfloat16 covariance" else 0.1 for kind in KINDS}
@@ -159,8 +166,7 @@ predicted = {
 
 # %%
 levels = np.linspace(0.02, 0.98, 25)
-figure, axis = plt.subplots(figsize=(6.4, 5))
-axis.plot([0, 100], [0, 100], color="0.6", linewidth=1, linestyle="--", label="honest")
+figure, axis = plt.subplots(figsize=(8.5, 4.6))
 for kind, colour in COLOURS.items():
     axis.plot(100 * levels, 100 * predicted[kind](levels), color=colour)
     measured = [100 * coverage(transforms[kind], level) for level in levels[::3]]
@@ -168,10 +174,8 @@ for kind, colour in COLOURS.items():
     axis.plot(100 * levels[::3], measured, "o", color=colour, label=label)
 axis.set(xlabel="stated probability of a central interval (%)", xlim=(0, 100), ylim=(0, 101))
 axis.set(ylabel="how often it holds the truth (%)")
-axis.set_title(
-    "Only the exact filter's intervals hold what they say\n(lines predicted, dots measured)"
-)
-axis.legend(loc="lower right")
+axis.set_title("Only the exact filter's intervals hold what they say")
+axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), title="lines predicted, dots measured")
 plt.show()
 
 for kind in KINDS:
@@ -185,9 +189,9 @@ assert abs(coverage(transforms["noise taken as a quarter"], 0.9) - 0.59) < 0.02
 # %% [markdown]
 # ## What miscalibration looks like
 #
-# ArviZ draws how the transforms depart from uniform, and marks where they do so by more than chance
-# allows. One question to each of 500 memories keeps them independent. An inverted S: truths fall into
-# the middle too often, the memory is too unsure. An S: it is too sure.
+# ArviZ draws how the transforms depart from uniform, and marks where they do so by more than
+# chance allows. One question to each of 500 memories keeps them independent. An inverted S:
+# truths fall into the middle too often, the memory is too unsure. An S: it is too sure.
 
 # %%
 panels = {}
@@ -199,23 +203,32 @@ az.plot_ecdf_pit(
     group="posterior",
     col_wrap=2,
     figure_kwargs={"figsize": (8.5, 6), "sharey": False},
-    visuals={"xlabel": {"text": "transform u"}, "ylabel": {"text": "ECDF(u) − u"}},
+    visuals={
+        "xlabel": {"text": "transform u"},
+        "ylabel": {"text": "ECDF(u) − u"},
+        "p_value_text": False,
+    },
 )
 plt.gcf().suptitle("Too unsure and too sure bend in opposite ways", x=0.02, ha="left")
 plt.show()
 
+chances = {kind: uniformity(mine[0]) for kind, mine in panels.items()}
+for kind, chance in chances.items():
+    print(f"{kind:40s} probability of being no more uniform, if honest: {chance:.2g}")
+assert [chance > 0.01 for chance in chances.values()] == [True, False, False, False]
+
 # %% [markdown]
 # ## What it costs
 #
-# The log score of an answer is its log density under what the memory said, in nats: the larger the
-# better, and best on average for the truth's own law. Against the exact filter ($\sigma_0^2$) a memory
-# loses
+# The log score of an answer is its log density under what the memory said, in nats: the larger
+# the better, and best on average for the truth's own law. Against the exact filter ($\sigma_0^2$)
+# a memory loses
 #
 # $$ \underbrace{\tfrac12 \log \sigma^2/\sigma_0^2}_{\text{larger errors}} +
 #    \underbrace{\tfrac12 (\sigma^2/s^2 - 1 - \log \sigma^2/s^2)}_{\text{wrong doubt}}, $$
 #
-# known in advance too. The second part grows with the *square* of the errors for a memory that is too
-# sure, and only with a logarithm for one that is too careful.
+# known in advance too. The second part grows with the *square* of the errors for a memory that is
+# too sure, and only with a logarithm for one that is too careful.
 
 
 # %%
@@ -260,9 +273,9 @@ print(f"the reset loses {reset[1]:.2f} by larger errors and {reset[2]:.2f} by wr
 # %% [markdown]
 # ## Where bfloat16 stops being harmless
 #
-# The library's layers keep the covariance in float32, always. Was that necessary? The prediction: a
-# bfloat16 covariance breaks once the noise falls below about $2^{-8}$ of the prior variance. An answer
-# with a negative variance counts as a miss.
+# The library's layers keep the covariance in float32, always. Was that necessary? The prediction:
+# a bfloat16 covariance breaks once the noise falls below about $2^{-8}$ of the prior variance. An
+# answer with a negative variance counts as a miss.
 
 # %%
 noises = 2.0 ** -np.arange(2.0, 13.0)
@@ -288,14 +301,14 @@ single = [covered(M @ queries.T, variances(P)) for M, P in zip(means, covariance
 figure, axis = plt.subplots()
 axis.axhline(90, color="0.6", linestyle="--", linewidth=1)
 axis.axvline(2.0**-8, color="0.6", linestyle=":", linewidth=1)
-axis.text(2.0**-8 * 1.1, 20, "rounding of\nbfloat16", color="0.4")
+axis.text(2.0**-8 * 0.92, 8, "rounding of\nbfloat16", color="0.4")
 axis.plot(noises, 100 * np.array(single), "o-", label="the library's layer: float32 covariance")
 axis.plot(noises, 100 * np.array(halved), "o-", color="C3", label="bfloat16 covariance")
 axis.set_xscale("log", base=2)
 axis.invert_xaxis()
 axis.set(xlabel="noise r, over the prior variance", ylabel="90 % intervals that hold (%)")
 axis.set(ylim=(0, 100))
-axis.set_title("Below the rounding of its covariance, a memory's confidence is noise")
+axis.set_title("Below bfloat16's rounding, confidence is noise")
 axis.legend(loc="lower left")
 plt.show()
 
@@ -306,12 +319,13 @@ assert np.min(np.array(halved)[noises < 2.0**-8]) < 0.7
 # %% [markdown]
 # ## What would change our mind
 #
-# * Intervals of the exact filter that miss their level by more than sampling allows, on data that the
-#   model describes: then the derivation, or the compiled layer, is wrong.
-# * Data that the model does not describe. All of this holds *if* values are linear in keys with noise
-#   $r$; a trained layer chooses its own keys, values and noise. `mbd eval RUN` judges what it says of
-#   continuous values with the same functions ([inference/calibration.py](../inference/calibration.py)).
-# * A use of the answers in which doubt has no price. Ranked by cost, the mean comes first there, and
-#   the reset's mean is the smaller half of its loss above.
+# * Intervals of the exact filter that miss their level by more than sampling allows, on data that
+#   the model describes: then the derivation, or the compiled layer, is wrong.
+# * Data that the model does not describe. All of this holds *if* values are linear in keys with
+#   noise $r$; a trained layer chooses its own keys, values and noise. `mbd eval RUN` judges what
+#   it says of continuous values with the same functions
+#   ([inference/calibration.py](../inference/calibration.py)).
+# * A use of the answers in which doubt has no price. Ranked by cost, the mean comes first there,
+#   and the reset's mean is the smaller half of its loss above.
 #
 # *Change a number and run again: `WRITES`, the noise, the number of keys that repeat.*
