@@ -113,7 +113,9 @@ def sharded_scan(
     value, key = stream.value.shape[-1], stream.key.shape[-1]
     state = state_dtype(*floats(stream, initial), prior_variance)
     prior_variance = jnp.asarray(prior_variance, state)
-    start = initial_belief(rule, value, key, prior_variance) if initial is None else initial
+    start = initial
+    if start is None:
+        start = cast(initial_belief(rule, value, key, prior_variance), state)
     check_widths(stream, start)
     dials = (rule.restoration, rule.variance) if isinstance(rule, Restored) else ()
     dials = tuple(jnp.asarray(dial) for dial in dials)
