@@ -19,7 +19,8 @@ the only solves are between devices.
 **Between devices** (N of them, E numbers an element: 3 K² + 2 V K when exact): each takes in all
 elements, (N − 1) E numbers in one round, up to `GATHERED` devices, and beyond it those of a tree,
 in 1 + ⌈log₂(N − 1)⌉ rounds of E numbers. Gradients send as many back, in reverse.
-`benchmarks.many_devices` counts both.
+`layers.communication` has the formulas, and counts what
+compiled programs send.
 
 Source: Särkkä & García-Fernández (2021), IEEE TAC 66(1); Blelloch (1990) for scans.
 """
@@ -31,6 +32,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -110,7 +112,11 @@ def sharded_scan(
             f"{axis!r}; pad it (`layers.packing.without_padding`) or split it over fewer."
         )
     value, key = stream.value.shape[-1], stream.key.shape[-1]
-    start = initial_belief(rule, value, key, prior_variance) if initial is None else initial
+    state = state_dtype(*floats(stream, initial), prior_variance)
+    prior_variance = jnp.asarray(prior_variance, state)
+    start = initial
+    if start is None:
+        start = cast(initial_belief(rule, value, key, prior_variance), state)
     check_widths(stream, start)
     dials = (rule.restoration, rule.variance) if isinstance(rule, Restored) else ()
     dials = tuple(jnp.asarray(dial) for dial in dials)
@@ -134,7 +140,7 @@ def sharded_scan(
     specs = along, everywhere, everywhere, tuple(along if d.ndim else everywhere for d in dials)
     lasts, reading = jax.shard_map(
         part, mesh=mesh, in_specs=specs, out_specs=(along, along), check_vma=False
-    )(stream, jnp.asarray(prior_variance), start, dials)
+    )(stream, prior_variance, start, dials)
     return jax.tree.map(lambda leaf: leaf[-1], lasts), reading
 
 
@@ -336,7 +342,8 @@ def before[Map, State](
 def _from_before[Tree](tree: Tree, axis: str, distance: int) -> Tree:
     """What the device so many places before holds; zeros where there is none."""
     ways = [(place, place + distance) for place in range(jax.lax.axis_size(axis) - distance)]
-    return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, axis, ways), tree)
+    message, read = ravel_pytree(tree)
+    return read(jax.lax.ppermute(message, axis, ways))
 
 
 def _where[Tree](condition: Array, first: Tree, second: Tree) -> Tree:

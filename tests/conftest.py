@@ -8,7 +8,8 @@ from pathlib import Path
 # and test processes, later runs too, share what they compiled. JAX reads these when it is imported.
 PROGRAMS = Path(__file__).parent.parent / ".pytest_cache" / "programs"
 for name, value in {
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 "
+    "--xla_force_host_platform_device_count=4",
     "JAX_COMPILATION_CACHE_DIR": str(PROGRAMS),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

@@ -2,9 +2,6 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import equinox as eqx
@@ -188,32 +185,6 @@ def test_a_resumed_run_has_the_same_losses_to_the_last_bit(tmp_path):
     assert history["loss"] + after == whole
 
 
-_ON_TWO_DEVICES = """
-import json, sys
-from test_training import losses_of, tiny
-from recall.layers_by_name import mixer_maker
-from recall.training import start, train
-plan, found = tiny("deltanet", steps=3), []
-runs = start(plan, mixer_maker("deltanet", 2))
-train(plan, runs, 0, 3, lambda step, loss, *rest: found.append(loss.tolist()), devices=2)
-print(json.dumps(found))
-"""
-
-
-def test_rows_shared_by_two_devices_train_the_same_model():
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
-    ran = subprocess.run(
-        [sys.executable, "-c", _ON_TWO_DEVICES],
-        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.path.dirname(__file__)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    plan = tiny("deltanet", steps=3)
-    _, alone = losses_of(plan, start(plan, mixer_maker("deltanet", 2)), 0, 3)
-    np.testing.assert_allclose(json.loads(ran.stdout), alone, rtol=1e-5)
-
-
 # -- how answers are scored ----------------------------------------------------------------------
 
 
@@ -366,7 +337,10 @@ def test_a_model_of_ones_own_is_trained_and_evaluated(tmp_path, monkeypatch, cap
         (["mqar"], "`--layer` is missing"),
         (["mqar", "--layer", "mamba9"], "`--layer` is 'mamba9'; it must be one of"),
         (["mqar", "--layer", "gla", "--heads", "3"], "`--d-model` is 64, no multiple of"),
-        (["mqar", "--layer", "gla", "--devices", "99"], "`--devices` is 99; JAX has"),
+        (["mqar", "--layer", "gla", "--mesh", "data=99"], "`--mesh` is data=99, 99 devices; JAX"),
+        (["mqar", "--layer", "gla", "--mesh", "heads=4"], "`--heads` is 2, no multiple of"),
+        (["mqar", "--layer", "attention", "--mesh", "sequence=2"], "leave out sequence="),
+        (["mqar", "--layer", "mesanet", "--mesh", "sequence=2"], "leave out sequence="),
         (["mqar", "--resume"], "holds no run; start one"),
         (["collision", "--layer", "gla", "--preset", "zoology"], "is the protocol of mqar"),
         (["mqar", "--layer", "gla", "--preset", "zoology", "--steps", "3"], "leave out `--steps`"),
@@ -386,7 +360,7 @@ def test_a_folder_that_holds_a_run_is_kept(tmp_path, capsys):
     RunFolder(tmp_path).create(tiny())
     with pytest.raises(ModelError, match="holds a run; add --resume"):
         RunFolder(tmp_path).create(tiny())
-    (tmp_path / "checkpoint.eqx").write_bytes(b"nonsense")
+    (tmp_path / "checkpoint.json").write_bytes(b"nonsense")
     assert main(["train", "associative_recall", "--out", str(tmp_path), "--resume"]) == 2
     assert "cannot be read" in capsys.readouterr().err
     assert main(["train", "mqar", "--out", str(tmp_path), "--resume"]) == 2
