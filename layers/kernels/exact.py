@@ -123,7 +123,9 @@ def _run(
             )
         cut = partial(segments.cut, segments=parts)
         found = filter_blocks(
-            *map(cut, (key, value, query)),
+            cut(key),
+            cut(value),
+            cut(query),
             Rates(*map(cut, numbers)),
             covariance.reshape(-1, *covariance.shape[-2:]),
             mean.reshape(-1, *mean.shape[-2:]),
