@@ -170,8 +170,8 @@ def test_crowds_weigh_in_the_mean_what_filters_give_them(last):
     noises = np.full(others + 1, NOISE)
 
     def delta(gains):
-        own, rest = (gains[-1], gains[:-1]) if last else (gains[0], gains[1:])
-        return retrieval.corrected_crowd(float(own), rest, width, target_last=last)
+        own, rest = (gains[-1:], gains[:-1]) if last else (gains[:1], gains[1:])
+        return retrieval.corrected_crowd(own, rest, width, target_last=last)
 
     ages = 0.9 ** np.arange(others + 1)[::-1]
     for form, weigh in (

@@ -101,9 +101,9 @@ def _predict(layer: str, others: int, setting: Setting, last: bool) -> Crowded |
             return reset_entry_crowd(others, width, noise, target_last=last)
         case _:
             return None
-    own = gains[-1] if last else gains[0]
+    own = gains[-1:] if last else gains[:1]
     rest = gains[:-1] if last else gains[1:]
-    return corrected_crowd(float(own), rest, width, target_last=last)
+    return corrected_crowd(own, rest, width, target_last=last)
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

@@ -1,0 +1,233 @@
+r"""The exact filter of random keys with decay, drift and unequal noise, for keys of K entries.
+
+In dual form, write i at time $t_i$ observes $S_{t_i} u_i$, and the rows of S are Gaussian in time
+with covariance C(s, t) I (`prior_covariance`), so weights of a read-out at time T are those of
+kernel regression with the Gram matrix $C(t_i, t_j)\,u_i^\top u_j + r_i \delta_{ij}$
+(`exact_weights`: algebra, for any keys).
+
+For random keys let B be the covariance of (time, key) given the others' writes,
+$P_{st} = E\,\mathrm{tr} B_{st}/K$, and $h_{ti} = u_i^\top B^{(-i)}_{ti} u_i$ without write i. Then
+$\mathrm{tr}(B B^{-1})$ and Sherman-Morrison give, for every N and K,
+
+$$ P = C - \frac{1}{K} \sum_i E\!\left[\frac{h_{\cdot i}}{r_i + h_{ii}}\right] C_{t_i \cdot}. $$
+
+**Leading order.** h does not fluctuate, and with $R_i = 1/(r_i + P_{ii})$
+
+$$ P = (C^{-1} + \mathrm{diag}(R)/K)^{-1}: $$
+
+each entry of the memory is smoothed as a scalar that is observed with noise $K (r + P_{tt})$, its
+own uncertainty counted K-fold as noise. At C = 1 this is Marchenko-Pastur's equation.
+
+**First correction.** With $W = (I - (P \circ P) R^2/K)^{-1}$ over the others' times, the response
+of the fixed point to a precision ε put on time i gives $\mathrm{tr}(B_{ti} B_{ii})/K = P_{ti}
+P_{ii} + X_{ti}$, $X = P R^2 (W (P \circ P) \circ P)/K$. From it come leaving out write i,
+$P^{(-i)}_{ti} = P_{ti} + (P_{ti} P_{ii} + X_{ti}) R_i/K$; the fluctuations over keys,
+$\mathrm{cov}(h_{ti}, h_{ii}) = 2 X_{ti}/(K + 2)$; and the response of R to all of these.
+The target's key k is independent of B, so its weights are w = G c with
+$G = (H + r)^{-1}$, where $H, c$ are $k^\top B_{st} k$ among its own times and the time of reading.
+To second order in their fluctuations δ, with $\bar r = e_T - G c$,
+
+$$ E\sum w = 1^\top G c - Q(\bar r, G 1),\qquad
+   V = P_{TT} - c^\top G c - Q(\bar r, \bar r),\qquad Q(x, y) = E\,x^\top \delta\,G\,\delta\,y, $$
+
+and $\partial V/\partial r$ is the sum of all squared weights, as in `crowd`. The error is O(1/K²).
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from .crowd import derivative
+from .one_key import Gains, Key, relaxed_variance
+
+Covariance = Float[np.ndarray, "time time"]
+
+
+class Streamed(NamedTuple):
+    """Of a value among others with uniformly random keys, in expectation over these.
+
+    Args:
+        retention: weight of the target in the read-out, summed over its writes.
+        intrusion: sum of the squared weights of the others' writes.
+        variance: of the read-out, which is also its mean squared error.
+    """
+
+    retention: float
+    intrusion: float
+    variance: float
+
+
+def prior_covariance(writes: int, decay: float, drift: float) -> Covariance:
+    r"""Covariance in time of an entry of the memory at its writes, $a^{|s - t|} v_{\min(s, t)}$.
+
+    $v_t$ is `relaxed_variance` after t steps from 1: the first write comes after a first step.
+    """
+    step = np.arange(writes)
+    variances = np.array([relaxed_variance(1.0, float(t), decay, drift) for t in 1.0 + step])
+    earlier = np.minimum.outer(step, step)
+    return decay ** np.abs(np.subtract.outer(step, step)) * variances[earlier]
+
+
+def exact_weights(
+    keys: Float[np.ndarray, "write key"], query: Key, noises: Gains, covariance: Covariance
+) -> tuple[Gains, float]:
+    r"""The exact filter's weights in dual form, and the variance of its read-out. Algebra.
+
+    $$ w = (C \circ U U^\top + \mathrm{diag}(r))^{-1} (C_{\cdot T} \circ U x) $$
+
+    Args:
+        keys: U, of every write; any keys.
+        query: x, read right after the last write.
+        noises: r of every write.
+        covariance: C, as `prior_covariance`.
+    """
+    shown = covariance[-1] * (keys @ query)
+    weights = np.linalg.solve(covariance * (keys @ keys.T) + np.diag(noises), shown)
+    return weights, float(covariance[-1, -1] * (query @ query) - shown @ weights)
+
+
+def forgetting_crowd(
+    target: int,
+    others: int,
+    width: int,
+    noise: float,
+    *,
+    decay: float = 1.0,
+    drift: float = 0.0,
+    target_last: bool = False,
+) -> Streamed:
+    """A value written n times, before or after N others, under the exact filter that forgets.
+
+    Error O(1/K²), for any decay and drift.
+
+    Args:
+        target: n, writes of the target, one after the other.
+        others: N.
+        width: K.
+        noise: ρ.
+        decay: a, at every write.
+        drift: q, at every write.
+        target_last: as in `TwoKeys`.
+    """
+    writes = target + others
+    is_target = np.arange(writes) < target
+    is_target = is_target[::-1] if target_last else is_target
+    covariance = prior_covariance(writes, decay, drift)
+    return exact_stream(covariance, is_target, np.full(writes, noise), width)
+
+
+def fading_crowd(
+    target: int, others: int, width: int, noise: float, rate: float, *, target_last: bool = False
+) -> Streamed:
+    r"""MesaNet's: its evidence fades at rate γ.
+
+    So a write of age t has the noise $\rho\gamma^{-t}$. The variance is what it states.
+    Error O(1/K²).
+    """
+    writes = target + others
+    is_target = np.arange(writes) < target
+    is_target = is_target[::-1] if target_last else is_target
+    noises = noise * rate ** -np.arange(writes, dtype=float)[::-1]
+    return exact_stream(np.ones((writes, writes)), is_target, noises, width)
+
+
+def exact_stream(
+    covariance: Covariance, is_target: np.ndarray, noises: Gains, width: int
+) -> Streamed:
+    """A target among others with random keys: any covariance in time, any noise. Error O(1/K²).
+
+    Args:
+        covariance: C over the times of all writes; the read-out comes right after the last.
+        is_target: whether each write is one of the target's key.
+        noises: r of every write.
+        width: K.
+    """
+    own, rest = np.flatnonzero(is_target), np.flatnonzero(~is_target)
+    # Times in the order: the others', the target's, the reading.
+    order = np.concatenate([rest, own, [len(is_target) - 1]])
+    ordered = covariance[np.ix_(order, order)]
+    count = len(rest)
+
+    def parts(extra: Any) -> tuple[Any, Any, Any]:
+        return _moments(ordered, count, noises[rest] + extra, noises[own] + extra, width)
+
+    retention, variance, square = parts(0.0)
+    slope = derivative(lambda extra: parts(extra)[1], 0.0)
+    return Streamed(float(retention), max(float(slope - square), 0.0), float(variance))
+
+
+def _moments(covariance, count: int, noises, own_noises, width: int) -> tuple[Any, Any, Any]:
+    """Mean retention, mean variance, and the mean of the target's squared weights."""
+    smoothed, rates, stiffness = _smoothed(covariance, count, noises, width)
+    corrected = smoothed + _correction(smoothed, rates, stiffness, width)
+    own = slice(count, len(covariance) - 1)
+    gram = np.linalg.inv(corrected[own, own] + np.diag(own_noises))
+    shown = corrected[own, -1]
+    weights, ones = gram @ shown, gram.sum(axis=1)
+    among = smoothed[count:, :count]  # of the target's times and the reading's with the others'
+    residual = np.append(-weights, 1.0)
+
+    def varied(first, second, middle):
+        """Q: both pairings of the fluctuations, as the response of the fixed point gives them."""
+        left, right = rates * (first @ among), rates * (second @ among)
+        inner = among[:-1].T @ middle @ among[:-1]
+        curved = stiffness * rates / rates[:, None]
+        return (
+            left @ (right * (stiffness @ np.diag(inner))) + left @ ((curved * inner) @ right)
+        ) / (width * (width + 2))
+
+    retention = weights.sum() - varied(residual, np.append(ones, 0.0), gram)
+    variance = corrected[-1, -1] - shown @ weights - varied(residual, residual, gram)
+    square = (
+        weights @ weights
+        - 2 * varied(residual, np.append(gram @ weights, 0.0), gram)
+        + varied(residual, residual, gram @ gram)
+    )
+    return retention, variance, square
+
+
+def _smoothed(covariance, count: int, noises, width: int) -> tuple[Any, Any, Any]:
+    """P, R and W at leading order, by Newton's method on the diagonal of P."""
+    among, across = covariance[:count, :count], covariance[:, :count]
+    variances = np.diag(among) + 0 * noises
+    identity = np.eye(count)
+
+    def settled(variances):
+        rates = 1 / (noises + variances)
+        gathered = np.linalg.solve(np.diag(width / rates) + among, across.T)
+        smoothed = covariance - across @ gathered
+        overlap = smoothed[:count, :count] ** 2 * rates**2 / width
+        return smoothed, rates, np.linalg.inv(identity - overlap)
+
+    for _ in range(_MOST_STEPS):
+        smoothed, _, stiffness = settled(variances)
+        step = stiffness @ (np.diag(smoothed)[:count] - variances)
+        variances = variances + step
+        if not count or np.max(np.abs(step) / np.abs(variances)) < _SETTLED:
+            break
+    # One more for the imaginary part, whose error is that of the real part squared.
+    return settled(variances)
+
+
+def _correction(smoothed, rates, stiffness, width: int):
+    """P's first correction: leaving out each write, fluctuations over keys, the response of R."""
+    count = len(rates)
+    if not count:
+        return np.zeros_like(smoothed)
+    across, among = smoothed[:, :count], smoothed[:count, :count]
+    own = np.diag(among)
+    response = stiffness @ among**2
+    excess = across @ (rates[:, None] ** 2 * response * among) / width
+    own_excess = np.diag(excess[:count])
+    left_out = (excess + across * own) * rates**2
+    left_out = left_out - across * rates**3 * (own_excess + own**2)
+    varied = across * own_excess * rates**3 - excess * rates**2
+    moved = left_out + 2 * width / (width + 2) * varied
+    change = -(moved @ across.T) / width**2
+    followed = stiffness @ np.diag(change)[:count]
+    change = change + across * (rates**2 * followed) @ across.T / width
+    return (change + change.T) / 2
+
+
+_MOST_STEPS, _SETTLED = 60, 1e-13
