@@ -9,6 +9,7 @@ assertion of a claim that does not hold does.
 
 import base64
 import io
+import os
 import sys
 import time
 from pathlib import Path
@@ -27,7 +28,12 @@ _COLOURS = 64
 def build(name: str) -> None:
     """Run one notebook and write what comes of it."""
     notebook = jupytext.read(FOLDER / f"{name}.py")
-    NotebookClient(notebook, resources={"metadata": {"path": str(FOLDER)}}, timeout=600).execute()
+    NotebookClient(
+        notebook,
+        resources={"metadata": {"path": str(FOLDER)}},
+        extra_arguments=["--log-level=ERROR"],
+        timeout=600,
+    ).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times of day, which differ from run to run
     write(notebook, FOLDER / f"{name}.ipynb")
@@ -74,6 +80,7 @@ def main(names: list[str]) -> None:
     unknown = sorted(set(names) - set(NAMES))
     if unknown:
         raise SystemExit(f"no notebook is called {unknown[0]}; there are {', '.join(NAMES)}.")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm would like widgets
     for name in names or NAMES:
         began = time.perf_counter()
         build(name)

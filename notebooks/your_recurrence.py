@@ -73,10 +73,9 @@ told = np.r_[np.ones(USUAL + EXCEPTION), np.zeros(SILENCE)]
 first = np.r_[np.ones(USUAL), np.zeros(EXCEPTION + SILENCE)]
 second = np.r_[np.zeros(USUAL), np.ones(EXCEPTION), np.zeros(SILENCE)]
 usual, exception = two_parts(told, first), two_parts(told, second)
-print(
-    f"weight of the usual value: {usual[USUAL - 1]:.2f} when told, {usual[USUAL + EXCEPTION - 1]:.2f} after the exception, "
-    f"{usual[-1]:.2f} after silence"
-)
+moments = {"told": USUAL, "after the exception": USUAL + EXCEPTION, "after silence": len(told)}
+for moment, place in moments.items():
+    print(f"{moment:20s} usual {usual[place - 1]:.2f}, exception {exception[place - 1]:.2f}")
 assert usual[USUAL + EXCEPTION - 1] < exception[USUAL + EXCEPTION - 1]
 assert usual[-1] > 2 * exception[-1]
 
