@@ -3,13 +3,14 @@ SHELL := /bin/bash
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup verify test test-all check clean help
+.PHONY: setup verify test test-all notebooks check clean help
 
 help:
 	@echo "make setup    prepare .venv"
 	@echo "make verify   derive and verify the catalogue, then recall real data with its filters"
 	@echo "make test     run the test suite"
 	@echo "make test-all the suite and the tests that repeat a claim on more of the catalogue"
+	@echo "make notebooks  build the notebooks, run them, and render them"
 	@echo "make check    lint, formatting, types, import directions"
 
 setup: $(READY)
@@ -33,6 +34,11 @@ test: setup
 test-all: setup
 	@$(BIN)/python -m pytest -n auto --dist loadgroup --quiet -m ""
 
+notebooks: setup
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable '.[notebooks]'
+	@$(BIN)/python -m notebooks.build
+
 check: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -40,4 +46,4 @@ check: setup
 	@$(BIN)/lint-imports
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build *.egg-info notebooks/*.ipynb .pytest_cache .ruff_cache .hypothesis

@@ -200,10 +200,14 @@ def by_load(name):
 
 
 # %%
-loads = np.linspace(2, 66, 80)
-roots = [exact_crowd(load - 1, KEY, NOISE).retention for load in loads]  # h/(1 + h)
+def retained(load):
+    return exact_crowd(int(load) - 1, KEY, NOISE).retention  # h/(1 + h)
+
+
+loads = np.arange(2, 67)
+stored_variance = NOISE * np.array([retained(load) for load in loads])
 figure, axis = plt.subplots()
-axis.plot(loads / KEY, NOISE * np.array(roots) / VALUE, label="stated variance, predicted")
+axis.plot(loads / KEY, stored_variance / VALUE, label="stated variance, predicted")
 axis.plot(
     LOADS / KEY, by_load("variance") / VALUE, "o", color="C0", label="stated variance, measured"
 )
@@ -217,7 +221,7 @@ plt.show()
 for name, label in (("delta wrong", "delta rule"), ("wrong", "exact filter")):
     shares = ", ".join(f"{share:.0%}" for share in by_load(name))
     print(f"{label:12s} wrong about stored keys, by load: {shares}")
-expected = NOISE * np.array([exact_crowd(load - 1, KEY, NOISE).retention for load in LOADS])
+expected = NOISE * np.array([retained(load) for load in LOADS])
 np.testing.assert_allclose(by_load("variance"), expected, rtol=0.05)
 assert np.all(np.diff(by_load("variance")) < 0)
 assert np.all(np.diff(by_load("squares")) > 0)
@@ -300,8 +304,8 @@ for place in range(MEMORIES):
         limit = 2 * np.mean(exact(keys, codes[numbers], keys)[1])
         doubt[place, column], recalled[place, column] = np.mean(variance), np.mean(same)
         passed[place, column] = np.mean(same & (variance < limit))
-retained = exact_crowd(LOAD - 1, KEY, NOISE).retention  # h/(1 + h)
-expected = NOISE * retained * (cosines**2 + (1 - cosines**2) / (1 - retained))
+weight = retained(LOAD)
+expected = NOISE * weight * (cosines**2 + (1 - cosines**2) / (1 - weight))
 
 figure, axis = plt.subplots(figsize=(8.5, 4))
 axis.plot(

@@ -190,8 +190,9 @@ assert abs(coverage(transforms["noise taken as a quarter"], 0.9) - 0.59) < 0.02
 # ## What miscalibration looks like
 #
 # ArviZ draws how the transforms depart from uniform, and marks where they do so by more than
-# chance allows. One question to each of 500 memories keeps them independent. An inverted S:
-# truths fall into the middle too often, the memory is too unsure. An S: it is too sure.
+# chance allows. One question to each of 500 memories keeps them independent. A curve first below
+# zero, then above: truths fall into the middle too often, the memory is too unsure. First above,
+# then below: it is too sure.
 
 # %%
 panels = {}
