@@ -3,14 +3,18 @@
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
 
 from design_models import ModelError
 from inference import retrieval
-from recall import predict_command, prediction
+from recall import predict_command, prediction, trained
 from recall.cli import main
+from recall.layers_by_name import mixer_maker
+from recall.models import pair_model
 from recall.prediction import Regime, forecast
+from recall.tasks.associative import AssociativeRecall, draw
 from tests import retrieval_grid
 from tests.retrieval_grid import REGIMES, Comparison, compare, delta_weights
 
@@ -281,3 +285,50 @@ def test_numbers_out_of_range_are_refused(words, capsys):
 
 def test_the_orders_on_the_command_line_are_those_of_forecasts():
     assert predict_command.ORDER_NAMES == prediction.ORDERS
+
+
+# -- trained layers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", ["bayesian_layer", "deltanet"])
+def test_the_retention_of_a_model_is_that_of_its_own_keys_and_gates(layer):
+    asked, _ = draw(AssociativeRecall(codes=12, pairs=5), 6, 3)
+    mixer, given = trained.written(model_of(layer), asked, 5)
+    assert given["key"].shape == (6, 5, 2, 4)
+    for told, curve in zip(
+        trained.effective(mixer, given), trained.carried(mixer, given, (0, 2, 4)), strict=True
+    ):
+        np.testing.assert_allclose(curve.measured, curve.from_keys, atol=2e-6)
+        np.testing.assert_allclose(told.gain, 1 / (1 + told.noise))
+        first = told.alignment * told.gain
+        if layer == "deltanet":
+            kept = np.array(curve.from_effective_width) / first
+            np.testing.assert_allclose(kept[1], (1 - told.gain / told.effective_width) ** 2)
+
+
+def test_what_is_read_off_is_what_a_head_was_given():
+    asked, _ = draw(AssociativeRecall(codes=12, pairs=5), 6, 3)
+    mixer, given = trained.written(model_of("bayesian_layer"), asked, 5)
+    drawn = unit(400, 5, 2, 8)
+    given = {
+        "key": drawn,
+        "asked": np.stack([drawn[:, 0, 0], -drawn[:, 0, 1]], axis=1) / 8,
+        "noise": np.tile([0.25, 1.0], (400, 5, 1)),
+        "log_decay": np.full((400, 5, 2), math.log(0.9)),
+        "drift": np.full((400, 5, 2), 0.03),
+    }
+    first, second = trained.effective(mixer, given)
+    assert (first.gain, second.gain) == pytest.approx((0.8, 0.5))
+    assert (first.decay, first.drift, first.noise) == pytest.approx((0.9, 0.03, 0.25))
+    assert (first.alignment, second.alignment) == pytest.approx((1, -1))
+    assert first.effective_width == pytest.approx(8, rel=0.1)
+
+
+def test_layers_that_have_no_single_gain_are_refused():
+    asked, _ = draw(AssociativeRecall(codes=12, pairs=5), 6, 3)
+    with pytest.raises(ModelError, match="ends in kda"):
+        trained.written(model_of("kda"), asked, 5)
+
+
+def model_of(layer):
+    return pair_model(12, 4, 0.0, 0, mixer_maker(layer, 2), rng=jax.random.key(0))
