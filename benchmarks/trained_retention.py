@@ -41,7 +41,7 @@ class Config:
     d_model: int = 32
     heads: int = 2
     pairs: int = 16
-    steps: int = 400
+    steps: int = 600
     batch: int = 64
     rate: float = 1e-2
     more: tuple[int, ...] = (0, 1, 2, 4, 8, 15, 32, 64, 127)
