@@ -103,6 +103,13 @@ class SequenceMixer(eqx.Module):
         outputs, prediction, _ = self.run(x, self.init_state(), segment_ids=segment_ids, mask=mask)
         return outputs, prediction
 
+    def head_inputs(
+        self, x: Float[Array, "time d_model"]
+    ) -> dict[str, Float[Array, "time heads ..."]]:
+        """What the memory of every head is given at each token, by name: keys, values, gates."""
+        self._check(x, None, None)
+        return self._inputs(x, self.init_state(), None, None)[0]
+
     def init_state(self) -> MixerState:
         """The state before the first token."""
         memories = jax.tree.map(

@@ -17,6 +17,7 @@ from .convert_command import add_convert_options, run_convert
 from .distill_command import add_distill_options, run_distill
 from .pretrain_command import add_pretrain_options, run_pretrain
 from .ruler_command import add_ruler_options, run_ruler
+from .predict_command import add_predict_options, run_predict
 from .task_options import TASK_NAMES, add_row_options, chosen_rows
 from .terminal import Status, console
 from .train_commands import (
@@ -203,6 +204,16 @@ def _parser() -> argparse.ArgumentParser:
         "mbd collide crowd --layers deltanet bayesian_layer --out runs/collisions",
     )
     add_collide_options(collide)
+
+    predict = _command(
+        commands,
+        "predict",
+        run_predict,
+        "predict in closed form what a layer will keep, and simulate it",
+        "mbd predict bayesian_layer --writes 4 --distractors 128 --decay 0.99 --drift 0.02\n"
+        "         mbd predict deltanet --overlap 0.7 --distractors 16 --out runs/forecast",
+    )
+    add_predict_options(predict)
 
     batch = _command(
         commands,

@@ -48,7 +48,9 @@ class Comparison:
 
     @property
     def apart(self) -> float:
-        """Relative error."""
+        """Relative error; without draws, where rounding is all there is, absolute below 1."""
+        if not self.standard_error:
+            return abs(self.predicted - self.measured) / max(1.0, abs(self.measured))
         return abs(self.predicted - self.measured) / abs(self.measured)
 
     @property
@@ -62,7 +64,7 @@ class Comparison:
     def holds(self) -> bool:
         """Within 1 %, or 3 standard errors where these are more; to rounding without draws."""
         if not self.standard_error:
-            return abs(self.predicted - self.measured) < 1e-11 * max(1.0, abs(self.measured))
+            return self.apart < 1e-11
         return self.apart < 0.01 or self.in_errors < 3
 
 

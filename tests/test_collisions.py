@@ -195,7 +195,7 @@ def test_the_exact_crowd_is_that_of_wide_keys(others):
     noises = np.full(others + 1, NOISE)
     mean, error = crowds(lambda keys, query: ridge(keys, query, noises), others, 64, False, 20)
     form = retrieval.exact_crowd(others, 64, NOISE)
-    assert np.all(np.abs(mean - form) < 4.5 * error + 0.07 * np.array(form))
+    assert np.all(np.abs(mean - form) < 4.5 * error + 0.01 * np.array(form))
 
 
 def test_the_exact_crowd_keeps_everything_while_it_is_small_and_a_share_once_it_is_large():
@@ -331,7 +331,7 @@ def the(curves, layer, **wanted):
 def test_crowds_are_as_predicted(curves):
     for curve in curves:
         if curve.claim == "wide keys":  # of keys narrower than the claim is for
-            np.testing.assert_allclose(curve.measured, curve.predicted, rtol=0.3, atol=0.05)
+            np.testing.assert_allclose(curve.measured, curve.predicted, rtol=0.2, atol=0.02)
         else:
             assert not curve.departs
 
@@ -376,8 +376,8 @@ def test_layers_that_agree_share_their_curves():
         ("algebra", 1 + 1e-6, 1.0, True),
         ("expectation", 1.4, 0.1, False),
         ("expectation", 1.6, 0.1, True),
-        ("wide keys", 1.03, 0.0, False),
-        ("wide keys", 1.08, 0.0, True),
+        ("wide keys", 1.01, 0.0, False),
+        ("wide keys", 1.03, 0.0, True),
     ],
 )
 def test_a_curve_departs_by_what_its_claim_does_not_allow(claim, measured, error, departs):

@@ -17,7 +17,7 @@ from inference import update_check
 from recall import cli, new_model, reports, verification
 from recall.cli import main
 
-COMMANDS = ("models", "verify", "new", "recall", "collide", "convert", "bench")
+COMMANDS = ("models", "verify", "new", "recall", "collide", "predict", "convert", "bench")
 
 
 @pytest.fixture(autouse=True)

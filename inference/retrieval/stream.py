@@ -90,7 +90,7 @@ def exact_weights(
 def forgetting_crowd(
     target: int,
     others: int,
-    width: int,
+    width: int | float,
     noise: float,
     *,
     decay: float = 1.0,
@@ -118,7 +118,13 @@ def forgetting_crowd(
 
 
 def fading_crowd(
-    target: int, others: int, width: int, noise: float, rate: float, *, target_last: bool = False
+    target: int,
+    others: int,
+    width: int | float,
+    noise: float,
+    rate: float,
+    *,
+    target_last: bool = False,
 ) -> Streamed:
     r"""MesaNet's: its evidence fades at rate γ.
 
@@ -133,7 +139,7 @@ def fading_crowd(
 
 
 def exact_stream(
-    covariance: Covariance, is_target: np.ndarray, noises: Gains, width: int
+    covariance: Covariance, is_target: np.ndarray, noises: Gains, width: int | float
 ) -> Streamed:
     """A target among others with random keys: any covariance in time, any noise. Error O(1/K²).
 
@@ -157,7 +163,9 @@ def exact_stream(
     return Streamed(float(retention), max(float(slope - square), 0.0), float(variance))
 
 
-def _moments(covariance, count: int, noises, own_noises, width: int) -> tuple[Any, Any, Any]:
+def _moments(
+    covariance, count: int, noises, own_noises, width: int | float
+) -> tuple[Any, Any, Any]:
     """Mean retention, mean variance, and the mean of the target's squared weights."""
     smoothed, rates, stiffness = _smoothed(covariance, count, noises, width)
     corrected = smoothed + _correction(smoothed, rates, stiffness, width)
@@ -187,7 +195,7 @@ def _moments(covariance, count: int, noises, own_noises, width: int) -> tuple[An
     return retention, variance, square
 
 
-def _smoothed(covariance, count: int, noises, width: int) -> tuple[Any, Any, Any]:
+def _smoothed(covariance, count: int, noises, width: int | float) -> tuple[Any, Any, Any]:
     """P, R and W at leading order, by Newton's method on the diagonal of P."""
     among, across = covariance[:count, :count], covariance[:, :count]
     variances = np.diag(among) + 0 * noises
@@ -210,7 +218,7 @@ def _smoothed(covariance, count: int, noises, width: int) -> tuple[Any, Any, Any
     return settled(variances)
 
 
-def _correction(smoothed, rates, stiffness, width: int):
+def _correction(smoothed, rates, stiffness, width: int | float):
     """P's first correction: leaving out each write, fluctuations over keys, the response of R."""
     count = len(rates)
     if not count:

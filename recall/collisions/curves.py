@@ -13,7 +13,7 @@ as keys grow wide."""
 
 ROUNDING = 1e-8
 STANDARD_ERRORS = 5.0
-WIDE_KEYS = 0.07
+WIDE_KEYS = 0.02
 """Departures that a claim allows: absolute or relative; of the mean; and relative, for wide keys of
 64 entries or more, on top of that."""
 
