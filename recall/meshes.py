@@ -124,7 +124,7 @@ def gathered(runs: Any, mesh: Mesh | None) -> Any:
 
 def _specs(runs: Any, heads: int) -> Any:
     def spec(path, leaf):
-        names = [getattr(key, "name", None) for key in path]
+        names = [getattr(key, "name", "") for key in path]
         axis = _OF_HEADS.get(names[-1]) if "mixer" in names else None
         if axis is None or leaf.ndim <= axis or leaf.shape[axis] % heads:
             return PartitionSpec()
