@@ -207,8 +207,9 @@ def _start(stream, prior_variance, rule, initial: Belief, axis: str, algorithm) 
         return _additive_start(stream, initial, prior, axis, algorithm)
     covariance = None
     if isinstance(rule, Exact | Restored):
-        element = _element(stream, prior, rule, algorithm)
-        state: Any = initial.mean, initial.covariance
+        element = element_of(stream, prior, rule, algorithm)
+        assert initial.covariance is not None
+        state = initial.mean, initial.covariance
         mean, covariance = before(
             axis, element, combine, lambda part, now: apply(part, *now), state
         )
@@ -234,7 +235,7 @@ def _in_turn(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[A
     return exact_product(first[0], second[0]), _moved(second, first[1])
 
 
-def _element(stream: Stream, prior: Belief, rule: Rule, algorithm) -> Element:
+def element_of(stream: Stream, prior: Belief, rule: Rule, algorithm) -> Element:
     """What a part does to any belief; under `Restored`, to any covariance."""
     width = stream.key.shape[-1]
     known = jnp.zeros((width, width), stream.key.dtype)
@@ -278,6 +279,7 @@ def _means(stream: Stream, covariance, prior: Belief, rule: Rule, algorithm, log
 
 
 def _additive_start(stream: Stream, initial: Belief, prior: Belief, axis: str, algorithm) -> Belief:
+    assert prior.covariance is not None
     length = chunk_length(stream.length)
     log_decay = None if stream.log_decay is None else per_key(stream.log_decay)
     parts = Superposition(stream.key, stream.value, stream.query, log_decay, stream.starts)

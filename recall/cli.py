@@ -245,7 +245,8 @@ def _parser() -> argparse.ArgumentParser:
         run_train,
         "train a layer on a recall task; a run that was stopped goes on where it was",
         "mbd train mqar --layer bayesian_layer --out runs/a\n"
-        "         mbd train mqar --out runs/a --resume",
+        "         mbd train mqar --out runs/a --resume\n"
+        "         mbd train mqar --layer gla --mesh data=2,sequence=4 --out runs/b",
     )
     add_train_options(train)
 

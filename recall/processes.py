@@ -25,6 +25,7 @@ from design_models import ModelError
 _ADDRESS, _COUNT, _PLACE = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _HEARTBEAT_SECONDS = 20
 """A process that is silent so long is lost, and the others end."""
+_WRONG_REQUEST = 2
 _GRACE_SECONDS = 3.0
 """For which the others may say what they saw, when one has ended."""
 
@@ -96,7 +97,7 @@ def run_here(words: Sequence[str], count: int) -> int:
         if failed is None:
             return 0
         place, code = failed
-        if codes[0] == code and code > 0:  # all refuse what is asked, and the first has said why
+        if codes[0] == code == _WRONG_REQUEST:  # all refuse it, and the first has said why
             return code
         said.seek(0)
         sys.stderr.write(said.read())
@@ -112,7 +113,8 @@ def _watch(
     while True:
         codes = [process.poll() for process in processes]
         if failed is None and any(codes):
-            failed = next((place, code) for place, code in enumerate(codes) if code)
+            ended = [(place, code) for place, code in enumerate(codes) if code]
+            failed = min(ended, key=lambda one: one[1])  # a signal before what others made of it
             deadline = time.monotonic() + _GRACE_SECONDS
         if None not in codes or time.monotonic() > deadline:
             return failed, codes

@@ -116,7 +116,8 @@ def _train_together(request: argparse.Namespace) -> tuple[int, Any]:
     try:
         return _train(request)
     except jax.errors.JaxRuntimeError as error:
-        raise LostProcess("a process of the run ended, or cannot be reached") from error
+        first_line = str(error).partition("\n")[0]
+        raise LostProcess(f"a process of the run ended or failed ({first_line})") from error
 
 
 def _train(request: argparse.Namespace) -> tuple[int, Any]:
