@@ -27,7 +27,6 @@ Source: Särkkä & García-Fernández (2021), IEEE TAC 66(1); Blelloch (1990) fo
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import equinox as eqx
 import jax

@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 from .collide_command import add_collide_options, run_collide
 from .convert_command import add_convert_options, run_convert
 from .distill_command import add_distill_options, run_distill
+from .predict_command import add_predict_options, run_predict
 from .pretrain_command import add_pretrain_options, run_pretrain
 from .ruler_command import add_ruler_options, run_ruler
-from .predict_command import add_predict_options, run_predict
 from .task_options import TASK_NAMES, add_row_options, chosen_rows
 from .terminal import Status, console
 from .train_commands import (
