@@ -10,6 +10,8 @@ import pytest
 from scan_cases import Case, draw_initial, draw_stream
 
 from layers.kernels import device_refusal, kernel_scan, mosaic, refusal, reverse, segments
+from layers.kernels.blocks import rates
+from layers.kernels.sweep import sweep
 from layers.rules import Diagonal, Exact, Restored
 from layers.scans import filter_scan
 from layers.stream import Belief, Stream
@@ -17,6 +19,7 @@ from layers.stream import Belief, Stream
 PRIOR = 0.9
 EXACT = Exact()
 VECTORS = ("key", "value", "query")
+STATES = ("mean", "covariance")
 TOLERANCES = {
     "float32": {"values": 1e-4, "gradients": 1e-3},
     # A gradient is rounded as its argument is: 2⁻⁹ of each entry at most.
@@ -149,14 +152,90 @@ def test_simulated_values_of_keys_128_wide_and_their_gradients_are_the_definitio
     assert_within(found, expected(arguments, starts), "bfloat16")
 
 
-def test_simulated_segments_and_their_gradients_are_the_definition(monkeypatch, capfd):
+def test_what_enters_a_simulated_segment_is_the_definition(capfd):
+    """The second of two chunks, and how the first passes on changes of what entered it."""
+    arguments, _ = draw(Case(128, 64, 64, decay="scalar", drift="scalar"), "bfloat16")
+    key, value, noise, log_decay, drift, mean, covariance = (
+        arguments[name][None] for name in (*VECTORS[:2], "noise", "log_decay", "drift", *STATES)
+    )
+    given = rates(noise, log_decay, jnp.zeros(noise.shape, bool), drift)
+    covariances, means, loops = segments.starts(
+        key, value, given, covariance, mean, 2, interpret=True
+    )
+    half = {name: arguments[name][:64] for name in (*VECTORS, "noise", "log_decay", "drift")}
+
+    def after_half(mean, covariance):
+        initial = Belief(mean, covariance)
+        last, _ = by_token(Stream(**half), initial, PRIOR)
+        return last.mean, last.covariance
+
+    with jax.enable_x64(True):
+        half = jax.tree.map(lambda part: part.astype("float64"), half)
+        states = [arguments[name].astype("float64") for name in STATES]
+        change = jnp.asarray(np.random.default_rng(2).normal(size=(64, 64)))
+        change = change + change.T
+        of_mean = jax.jit(lambda *of: jax.jvp(after_half, states, list(of))[1])
+        exact = jax.jit(after_half)(*states)
+        by_mean, _ = of_mean(change, jnp.zeros_like(change))
+        by_covariance, _ = of_mean(jnp.zeros_like(change), change)
+        closed, crossed = (part[0, 0].astype("float64") for part in loops)
+        found = {"mean": means[0, 1], "covariance": covariances[0, 1]}
+        found |= {"by mean": change @ closed, "by covariance": crossed @ change @ closed}
+        right = (np.asarray(part) for part in (*exact, by_mean, by_covariance))
+        reference = dict(zip(found, right, strict=True))
+    assert max(errors(found, reference).values()) < 2e-5
+    assert "RACE" not in capfd.readouterr().out
+
+
+def test_a_simulated_sweep_finds_what_the_whole_recursion_finds_for_the_start(capfd):
+    """Of numbers drawn at random, a document's start among them."""
+    rng = np.random.default_rng(0)
+
+    def drawn(*shape, dtype="float32"):
+        return jnp.asarray(0.3 * rng.normal(size=shape), dtype)
+
+    token, pieces = (1, 64), (1, 1, 2, 64, 64)
+    document = jnp.asarray(np.arange(64) >= 40, "float32")[None]
+    alpha = jnp.where(document > 0, 0, jnp.abs(drawn(*token)))
+    positive = [jnp.abs(drawn(*token)) for _ in range(5)]
+    numbers = reverse.Numbers(-jnp.cumsum(positive[0], axis=1), document, alpha, *positive)
+    found = [drawn(*pieces, dtype="bfloat16") for _ in range(3)]
+    found += [drawn(1, 1, 64, 64) for _ in range(2)]
+    tokens = [drawn(1, 1, 64, 64, dtype="bfloat16") for _ in range(2)]
+    asked = *tokens, drawn(1, 64, 64), numbers.by_chunk(), tuple(found)
+    lasts = drawn(1, 64, 64), drawn(1, 64, 64)
+    states = (drawn(*pieces, dtype="bfloat16") for _ in range(2))
+    whole = reverse.recur(*asked, *states, *lasts, interpret=True)
+    mean, covariance = sweep(*asked, *lasts, interpret=True)
+    np.testing.assert_array_equal(mean, whole["first_mean"])
+    np.testing.assert_array_equal(covariance, whole["first_covariance"])
+    assert "RACE" not in capfd.readouterr().out
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_simulated_segments_and_their_gradients_are_the_definition(dtype, monkeypatch, capfd):
     """Three, of one chunk each; documents start in the second, which forgets what entered."""
     monkeypatch.setattr(segments, "most", lambda chunks: 3)
     case = Case(150, 64, 64, decay="scalar", drift="scalar", starts=(70,))
-    arguments, starts = draw(case, "bfloat16")
+    arguments, starts = draw(case, dtype)
     found = differentiated(simulated)(arguments, starts)
-    assert_within(found, expected(arguments, starts), "bfloat16")
+    assert_within(found, expected(arguments, starts), dtype)
     assert "RACE" not in capfd.readouterr().out
+
+
+def test_how_many_segments_a_sequence_is_cut_into():
+    """One wave of programs on 132 multiprocessors; few where joining them would take longer."""
+    assert segments.count(rows=16, chunks=512) == 8
+    assert segments.count(rows=128, chunks=64) == 1
+    assert segments.count(rows=1, chunks=512) == 16
+    assert segments.count(rows=16, chunks=4) == 1
+    for time in (1, 64, 65, 4096, 4097, 12345, 32769, 100003):
+        padded = segments.padded(time)
+        assert padded % 64 == 0
+        assert 0 <= padded - time < 64 + time / 32
+        if time > 2000:
+            assert segments.count(rows=16, chunks=padded // 64) >= 3
 
 
 @pytest.mark.exhaustive
@@ -366,6 +445,60 @@ def test_extremes_of_noise_and_keys_alike_on_a_gpu(case, noise, dtype):
     key /= np.linalg.norm(key, axis=1, keepdims=True)
     arguments |= {"key": jnp.asarray(key, dtype), "noise": arguments["noise"] * noise}
     assert_on_gpu(arguments, starts, dtype)
+
+
+LONG = Case(4096, 64, 64, decay="scalar", drift="scalar", starts=(7, 1030, 1031, 2048))
+"""Long enough that a head alone is cut into segments."""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(
+    ("case", "noise"),
+    [
+        (LONG, 1.0),
+        (replace(LONG, time=1500, value=128), 1.0),
+        (replace(LONG, decay="none"), 1e-2),
+        (replace(LONG, drift="none", weakest=-0.01, starts=()), 1.0),
+        (replace(LONG, weakest=-50.0), 1.0),
+        (replace(LONG, starts=()), 1e-3),
+        (Case(2048, 24, 40, decay="scalar", drift="scalar"), 1e2),
+    ],
+)
+def test_segments_on_a_gpu(case, noise, dtype):
+    arguments, starts = draw(case, dtype)
+    chunks = segments.padded(case.time) // 64
+    assert segments.count(rows=-(-case.value // 64), chunks=chunks) >= 3
+    arguments |= {"noise": arguments["noise"] * noise}
+    assert_on_gpu(arguments, starts, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_segments_of_one_key_repeated_on_a_gpu(dtype):
+    """All that a segment says of its start is along one direction."""
+    arguments, starts = draw(replace(LONG, starts=()), dtype)
+    arguments |= {"key": jnp.broadcast_to(arguments["key"][:1], (LONG.time, LONG.key))}
+    assert_on_gpu(arguments, starts, dtype)
+
+
+@pytest.mark.gpu
+def test_segments_of_several_heads_on_a_gpu():
+    """Cotangents mapped beside heads, which are more rows than were filtered."""
+    arguments, starts = draw(LONG, "float32")
+    heads = jax.tree.map(lambda part: jnp.stack([part, part / 2]), arguments)
+
+    def both(heads):
+        return jax.vmap(lambda head: outputs(head, starts, kernel_scan))(heads)
+
+    found, pull = jax.vjp(both, heads)
+    cotangents = jax.tree.map(lambda part: jnp.stack([part, -part, 2 * part]), found)
+    (together,) = jax.jit(jax.vmap(pull))(cotangents)
+    (alone,) = jax.jit(pull)(found)
+    for part, other in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+        for index, scale in enumerate((1, -1, 2)):
+            gap = np.linalg.norm(np.asarray(part[index] - scale * other, np.float64))
+            assert gap <= 1e-5 * max(np.linalg.norm(other), 1e-30)
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ from layers.stream import Belief, Reading, Stream, by_token, one_by_one
 Backend = Literal["auto", "xla", "mosaic"]
 EXACT = Exact()
 
-WIDTH = 64
+WIDTH, CHUNK = 64, 64
 KEYS = 128
 """The widest keys of a kernel."""
 CAPABILITY = "9.0"
@@ -109,6 +109,9 @@ def kernel_scan(
     log_decay = zero if stream.log_decay is None else stream.log_decay.astype(f32)
     drift = zero if stream.drift is None else stream.drift.astype(f32)
     starts, added = jnp.zeros((time,), bool), drift
+    lasting = stream.log_decay is None and stream.drift is None
+    whole = lasting or key.shape[-1] > WIDTH or isinstance(rule, Restored)
+    length = time + -time % CHUNK if whole else filled_up(time)
     if stream.starts is not None:
         starts = stream.starts
         restart = jnp.exp(2 * log_decay) * jnp.asarray(prior_variance, f32) + drift
@@ -121,7 +124,7 @@ def kernel_scan(
 
     def padded(array, filler=0):
         padding = [(0, -width % WIDTH) for width in array.shape[1:]]
-        padding = [(0, filled_up(time) - time), *padding]
+        padding = [(0, length - time), *padding]
         return jnp.pad(array, padding, constant_values=filler)
 
     def square(state):
@@ -142,7 +145,7 @@ def kernel_scan(
             square(mean),
             None if kept is None else padded(kept, 1),
         )
-        return filter_head(head, len(mean), interpret)
+        return filter_head(head, len(mean), interpret, whole)
 
     rows, width = min(WIDTH, value.shape[-1]), key.shape[-1]
     values = jnp.moveaxis(value.reshape(time, -1, rows), 1, 0)

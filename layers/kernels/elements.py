@@ -17,7 +17,11 @@ $$ A = \Phi',\quad b = M',\quad C = P',\quad
 No matrix is inverted, and where nothing drifts P stays 0 and J is the sum of k kᵀ/r, to rounding.
 Where a document starts Φ becomes 0 and ŵ stays so.
 
-**Layout.** Warpgroup 0 holds P, warpgroup 1 M and η, warpgroup 2 Φ and J: 64 registers a thread.
+**Digits.** J may grow far above what a token adds to it, and has to stay positive semi-definite to
+be of use. So each chunk's part is added to it in two numbers, what the sum rounds away kept beside.
+
+**Layout.** Warpgroup 0 holds P, warpgroup 1 M and η, warpgroup 2 Φ and a chunk's part of J, whose
+sum is in shared memory.
 Warpgroup 0 whitens P's columns and M's, warpgroup 2 Φ's, each from its own factorisation of the
 same G, which has two places in turn. M in two bfloat16 pieces, everything else in three.
 
@@ -103,6 +107,7 @@ def elements(
         "whitened": columns,
         "joint": shared((2, CHUNK, BLOCK), f32),
         **dict.fromkeys(("drawn", "moved", "guided"), pieced),
+        **dict.fromkeys(("information", "rounded"), shared(SQUARE, f32)),
         "full": mosaic.barrier(num_arrivals=depth + len(sources) - 1, num_barriers=slots),
         "free": mosaic.barrier(num_arrivals=2, num_barriers=slots),
         "innovations_ready": mosaic.barrier(num_arrivals=2),
@@ -220,7 +225,7 @@ def _body(*refs, names, chunks, slots, interpret):
     @pl.when(warpgroup == 2)
     def _loop():
         def block(slot, start, tokens, carry):
-            loop, information = carry
+            loop, told_here = carry
             innovate(loop, COVARIANCE_PIECES, slot, tokens, LOOP)
             mosaic.barrier_arrive(here.innovations_ready)
             mosaic.barrier_wait(here.joint_ready)
@@ -239,15 +244,21 @@ def _body(*refs, names, chunks, slots, interpret):
                 here.guided.at[0, piece][...] = part
             mosaic.commit_smem()
             mosaic.barrier_arrive(here.guided_ready)
-            information = information + told(surprise)
+            told_here = told_here + told(surprise)
             mosaic.barrier_wait(here.elimination_ready)
-            return update(loop, surprise, COVARIANCE_PIECES, slot, start, tokens), information
+            return update(loop, surprise, COVARIANCE_PIECES, slot, start, tokens), told_here
 
-        def chunk(c, carry):
-            carry = through_blocks(block, c, carry)
+        def chunk(c, loop):
+            loop, told_here = through_blocks(block, c, (loop, nothing))
             mosaic.barrier_arrive(here.free.at[lax.rem(c, slots)])
-            return carry
+            before = load(here.information)
+            told_here = told_here + load(here.rounded)
+            after = before + told_here
+            here.information[...] = after
+            here.rounded[...] = told_here - (after - before)
+            return loop
 
-        loop, information = lax.fori_loop(0, chunks, chunk, (identity(), nothing))
-        leave(out.moved, loop)
-        leave(out.information, information)
+        here.information[...] = nothing
+        here.rounded[...] = nothing
+        leave(out.moved, lax.fori_loop(0, chunks, chunk, identity()))
+        leave(out.information, load(here.information) + load(here.rounded))

@@ -93,36 +93,36 @@ def over_rows(function: Callable[..., Any], of: int | None = None) -> Callable[.
     return one
 
 
-def filter_head(head: Head, values: int = WIDTH, interpret: bool = False) -> Filtered:
+def filter_head(
+    head: Head, values: int = WIDTH, interpret: bool = False, whole: bool = True
+) -> Filtered:
     """Filter one head.
 
     Args:
         head: values 64 wide, and keys 64 or 128.
         values: how many of a token's 64 values are seen; the others are 0 and no evidence.
         interpret: whether kernels are simulated on a CPU.
+        whole: whether the sequence is never cut into segments; with keys of 128, and where
+            a restoration keeps less than all, it must not be.
     """
-    filtered: Any = _filter_head(head, values, interpret)
+    filtered: Any = _filter_head(head, values, interpret, whole)
     return filtered
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _filter_head(head: Head, values: int, interpret: bool) -> Filtered:
-    return _run(head, values, interpret, save=False)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _filter_head(head: Head, values: int, interpret: bool, whole: bool) -> Filtered:
+    return _run(head, values, interpret, whole, save=False)[0]
 
 
-def _cuttable(width: int, restored: bool) -> bool:
-    """Whether sequences may be cut into segments."""
-    return width == WIDTH and not restored
-
-
-def _run(head: Head, values: int, interpret: bool, save: bool) -> tuple[Filtered, dict[str, Array]]:
+def _run(
+    head: Head, values: int, interpret: bool, whole: bool, save: bool
+) -> tuple[Filtered, dict[str, Array]]:
     chunks = len(head.key) // CHUNK
-    cuttable = _cuttable(head.key.shape[-1], head.kept is not None)
 
     def rows(number, key, value, query, noise, log_decay, starts, added, *states):
         covariance, mean, *kept = states
         numbers = rates(noise, log_decay, starts, added, *kept)
-        parts, loops = segments.count(number, chunks) if cuttable else 1, None
+        parts, loops = 1 if whole else segments.count(number, chunks), None
         if parts > 1:
             covariance, mean, loops = segments.starts(
                 key, value, numbers, covariance, mean, parts, interpret=interpret
@@ -140,7 +140,7 @@ def _run(head: Head, values: int, interpret: bool, save: bool) -> tuple[Filtered
         )
         lasts = {name: found.pop(name)[parts - 1 :: parts] for name in _LASTS}
         found = {name: segments.join(part, parts) for name, part in found.items()} | lasts
-        if save and cuttable and segments.most(chunks) >= segments.FEWEST:
+        if save and not whole and segments.most(chunks) >= segments.FEWEST:
             found["loops"] = segments.filled(loops, number, chunks)
         return found
 
@@ -155,13 +155,13 @@ def _run(head: Head, values: int, interpret: bool, save: bool) -> tuple[Filtered
     return out, found
 
 
-def _forward(head: Head, values: int, interpret: bool):
-    out, found = _run(head, values, interpret, save=True)
+def _forward(head: Head, values: int, interpret: bool, whole: bool):
+    out, found = _run(head, values, interpret, whole, save=True)
     kept = {name: found[name] for name in _KEPT if name in found}
     return out, (head, kept, out.last_covariance, out.last_mean)
 
 
-def _backward(values: int, interpret: bool, residuals, of: Filtered):
+def _backward(values: int, interpret: bool, whole: bool, residuals, of: Filtered):
     head, kept, last_covariance, last_mean = residuals
     total, document = sums(head.log_decay, head.starts, CHUNK)
     ratios = ratios_within(total, document)
@@ -194,9 +194,8 @@ def _backward(values: int, interpret: bool, residuals, of: Filtered):
         **{name: part for name, part in numbers._asdict().items() if part is not None},
     }
     names = tuple(arrays)
-    found = over_rows(partial(_reverse_rows, names, values, interpret), of=names.index("whitened"))(
-        *arrays.values()
-    )
+    rows = partial(_reverse_rows, names, values, interpret, whole)
+    found = over_rows(rows, of=names.index("whitened"))(*arrays.values())
 
     def at_ends(starts: Array, last: Array) -> Array:
         return jnp.append(jnp.sum(starts, axis=-1)[1:], last)
@@ -228,12 +227,13 @@ def _backward(values: int, interpret: bool, residuals, of: Filtered):
     )
 
 
-def _reverse_rows(names, values: int, interpret: bool, number: int, *arrays: Array):
+def _reverse_rows(
+    names: tuple[str, ...], values: int, interpret: bool, whole: bool, number: int, *arrays: Array
+):
     given = dict(zip(names, arrays, strict=True))
     key, lasts = given["key"], (given.pop("of_last_mean"), given.pop("of_last_covariance"))
-    narrow, loops = key.shape[-1] == WIDTH, given.pop("loops", None)
-    cuttable = _cuttable(key.shape[-1], "faded" in given)
-    parts = segments.count(number, key.shape[1] // CHUNK) if cuttable else 1
+    loops = given.pop("loops", None)
+    parts = 1 if whole else segments.count(number, key.shape[1] // CHUNK)
     here = SimpleNamespace(**{name: segments.cut(part, parts) for name, part in given.items()})
     depth = 1 if key.dtype == jnp.bfloat16 else reverse.PIECES
     parts_of: Any = {name: getattr(here, name, None) for name in reverse.Numbers._fields}
@@ -244,10 +244,9 @@ def _reverse_rows(names, values: int, interpret: bool, number: int, *arrays: Arr
         *tokens, here.whitened, here.of_mean, by_chunk, values=values, interpret=interpret
     )
     asked = *tokens, here.of_mean, by_chunk, found
-    if parts > 1:
-        assert loops is not None
+    if loops is not None and parts > 1:
         lasts = segments.ends(asked, loops, *lasts, parts, interpret=interpret)
-    recur = reverse.recur if narrow else wide.recur
+    recur = reverse.recur if key.shape[-1] == WIDTH else wide.recur
     got = recur(*asked, here.means, here.covariances, *lasts, dtype=key.dtype, interpret=interpret)
     firsts = {name: got.pop(name)[::parts] for name in _FIRSTS}
     return {name: segments.join(part, parts) for name, part in got.items()} | firsts

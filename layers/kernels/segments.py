@@ -12,8 +12,10 @@ RᵀR = J. So `kernels.forward` itself finds what the belief that enters becomes
 over 64 such values of 0, it returns Υ = (I + J P)⁻¹ and P⁺ = P Υ, and M⁺ = M Υ + η P⁺. No matrix is
 inverted. R comes from the kernel too (`roots`): from covariance J, scaled to a diagonal of 1, it
 eliminates unit keys, and the whitened covariances that it leaves are rows of R. Their noise
-δ = 4e-6 keeps pivots positive that rounding might not, and takes from the information of a
-direction at most δ of that of the coordinates: about what float32 takes from J.
+δ = 1e-5 keeps pivots positive that rounding might not (J's is some 1e-6), and takes from the
+information of a direction at most δ of that of the coordinates. Where the memory drifts or decays
+so little information lasts that starts have the digits of a filter token by token, or more; where
+nothing does they have fewer, and a sequence that is given neither drift nor decay stays whole.
 
 **Gradient.** The closed loop of a segment and its derivative by P,
 
@@ -50,7 +52,7 @@ from .sweep import sweep
 
 FEWEST = 3
 """Segments from which cutting pays."""
-ROOT_NOISE = 4e-6
+ROOT_NOISE = 1e-5
 
 States = Float[Array, "row key key"]
 PerSegment = Float[Array, "row segment key key"]
@@ -121,12 +123,14 @@ def starts(
     """
     parts = jax.tree.map(partial(cut, segments=segments), given)
     found = elements(cut(key, segments), cut(value, segments), parts, interpret=interpret)
-    root = roots(found.information, interpret)
 
     def by_segment(array: Array) -> Array:
         by_row = array.reshape(-1, segments, *array.shape[1:])
         return jnp.moveaxis(by_row[:, :-1], 1, 0)
 
+    found = jax.tree.map(by_segment, found)
+    information = found.information
+    root = roots(information.reshape(-1, WIDTH, WIDTH), interpret).reshape(information.shape)
     rows = len(covariance)
     unit = jnp.broadcast_to(jnp.eye(WIDTH), (rows, WIDTH, WIDTH))
     nothing, tokens = jnp.zeros_like(unit), _unit_tokens(rows, 1.0)
@@ -148,8 +152,7 @@ def starts(
         next_belief = _symmetric(after), moved_mean + element.mean
         return next_belief, (*next_belief, Loops(closed, crossed))
 
-    moments = jax.tree.map(by_segment, (found, root))
-    _, (covariances, means, loops) = lax.scan(through, (covariance, mean), moments)
+    _, (covariances, means, loops) = lax.scan(through, (covariance, mean), (found, root))
 
     def by_row(first: States, rest: Array) -> PerSegment:
         return jnp.moveaxis(jnp.concatenate([first[None], rest]), 0, 1)
