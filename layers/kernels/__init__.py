@@ -4,6 +4,8 @@
 its recursion in `wide` where keys are 128; `exact` joins them for one head, `blocks` prepares what
 both need of decays, `mosaic` holds every name of Mosaic's, and `dispatch` decides what runs.
 `delta_rule` runs means of the reset filter as another library's kernels.
+`segments` cuts a few long sequences into parts that run side by side, with `elements` for what a
+part does to any belief, and `sweep` for what it asks of it.
 
 **Range.** Read-outs are within 1e-4, gradients within 1e-3 of the filter in float64 of the same
 inputs, relative by norm, as tests/test_kernels.py says case by case: any decay; noise down to 1e-4
@@ -12,7 +14,8 @@ with keys of cosine 0.9, products in two pieces of bfloat16 cost more as noise f
 the prior variance 3e-5 of read-outs, 1e-3 of the keys' gradient and 4e-3 of the initial
 covariance's; at 1e-4, 2e-4, 3e-2 and 2e-1, where XLA in float32 has 1e-4, 3e-4 and 1e-3. Where
 almost every decay is below exp(−50), the decays' own gradient all but vanishes, and what the
-kernels say of it is rounding: about 2e-6 of the keys' gradient.
+kernels say of it is rounding: about 2e-6 of the keys' gradient. Few long sequences for which decay
+and drift are given, but are 0 at every token, have fewer digits (`kernels.segments`).
 """
 
 from .delta_rule import delta_refusal as delta_refusal
