@@ -232,11 +232,11 @@ def _body(*refs, names, chunks, slots, interpret):
             mosaic.eliminate(
                 here.joint.at[turn(start), tokens],
                 here.noises.at[slot, tokens],
-                here.decays.at[slot, tokens],
+                None,
                 here.columns.at[:, LOOP],
                 here.whitened.at[:, LOOP],
                 here.deviations.at[1, tokens],
-                keys=0,
+                keys=WIDTH,
                 interpret=interpret,
             )
             surprise = mosaic.load_transposed(here.whitened.at[:, LOOP])

@@ -326,44 +326,57 @@ def eliminate(
 
     and keys' columns decay by λ a.
 
+    Where keys decay each at its own rate, so do their columns. With `decay` None, every warpgroup
+    whitens the same 64 columns, which do not decay.
+
     Args:
         joint: (16, 16) in shared memory.
         noise: (16,).
-        decay: a, or λ a, (16,).
-        columns: e, (16, keys + 64).
+        decay: a, or λ a, (16,); or a (16, 64); or None.
+        columns: e, (16, keys + 64), or (16, 64).
         whitened: where u is left.
         inverse_deviation: (16,), where 1/L_tt is left.
-        keys: how many columns decay, 64 a warpgroup; or 0.
+        keys: how many columns decay, 64 a warpgroup.
         kept: λ, (16,); None for 1.
         interpret: whether the kernel is interpreted, which knows no shuffles.
     """
-    form: Any = partial(_eliminate_plainly if interpret else _eliminate_by_shuffles, keys)
-    places = joint, noise, decay, columns, whitened, inverse_deviation
-    if kept is not None:
-        places = *places, kept
+    form: Any = _eliminate_plainly if interpret else _eliminate_by_shuffles
+    places = joint, noise, columns, whitened, inverse_deviation
+    rates = {"decay": decay, "restored": kept}
+    given = {name: rate for name, rate in rates.items() if rate is not None}
+    form = partial(form, keys, tuple(given))
     if not interpret:
-        form = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(places))(form)
-    form(*places)
+        form = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (len(places) + len(given)))(form)
+    form(*places, *given.values())
 
 
-def _eliminate_plainly(
-    keys, joint, noise, decay, columns, whitened, inverse_deviation, restored=None
-):
+def _eliminate_plainly(keys, names, joint, noise, columns, whitened, inverse_deviation, *rates):
+    rates = dict(zip(names, rates, strict=True))
+    decay, restored = rates.get("decay"), rates.get("restored")
     warpgroup = lax.axis_index("wg")
     entry = [[joint[m, n] for n in range(m + 1)] for m in range(BLOCK)]
     thread = index((WARPGROUP,), 0, _THREADS)
     ones = jnp.ones((WARPGROUP,), jnp.float32)
-    kept = [jnp.where(thread < min(keys, 64), ones * decay[t], ones) for t in range(BLOCK)]
-    own, values = pl.ds(warpgroup * 64 if keys else 0, 64), pl.ds(keys, 64)
-    column = [jnp.concatenate([columns[t, own], columns[t, values]]) for t in range(BLOCK)]
+    if decay is None:
+        kept = [ones[:64]] * BLOCK
+    elif len(decay.shape) == 2:
+        kept = [jnp.concatenate([decay[t], ones[:64]]) for t in range(BLOCK)]
+    else:
+        kept = [jnp.where(thread < 64, ones * decay[t], ones) for t in range(BLOCK)]
+    own, values = pl.ds(warpgroup * 64, 64), pl.ds(keys, 64)
+    if decay is None:
+        own, column = pl.ds(0, 64), [columns[t, pl.ds(0, 64)] for t in range(BLOCK)]
+    else:
+        column = [jnp.concatenate([columns[t, own], columns[t, values]]) for t in range(BLOCK)]
     for t in range(BLOCK):
         scale = lax.rsqrt(entry[t][t] + noise[t])
         column[t] = column[t] * scale
         whitened[t, own] = column[t][:64]
+        if decay is not None:
 
-        @pl.when(jnp.logical_and(warpgroup == 0, keys > 0))
-        def _(t=t):
-            whitened[t, values] = column[t][64:]
+            @pl.when(warpgroup == 0)
+            def _(t=t):
+                whitened[t, values] = column[t][64:]
 
         inverse_deviation[t] = scale
         factor = {m: entry[m][t] * scale for m in range(t + 1, BLOCK)}
@@ -378,11 +391,13 @@ def _eliminate_plainly(
 
 
 def _eliminate_by_shuffles(
-    keys, ctx, joint, noise, decay, columns, whitened, inverse_deviation, restored=None
+    keys, names, ctx, joint, noise, columns, whitened, inverse_deviation, *rates
 ):
     # Row m of G lies in the registers of lane m % 16 of every warp, and warp shuffles broadcast
     # its entries; two pivots share the latency of a reciprocal root.
     del ctx
+    rates = dict(zip(names, rates, strict=True))
+    decay, restored = rates.get("decay"), rates.get("restored")
     f32 = ir.F32Type.get()
     i32 = ir.IntegerType.get_signless(32)
     position = ir.IndexType.get()
@@ -417,9 +432,11 @@ def _eliminate_by_shuffles(
     thread = arith.remui(gpu.thread_id(gpu.Dimension.x), at(WARPGROUP))
     lane = arith.remui(thread, at(BLOCK))
     one = arith.constant(f32, 1.0)
-    fading = arith.cmpi(arith.CmpIPredicate.ult, thread, at(min(keys, 64)))
-    place, owned = (thread if keys else arith.remui(thread, at(64))), None
-    if keys > 64:
+    fading = arith.cmpi(arith.CmpIPredicate.ult, thread, at(64))
+    place, owned = thread, None
+    if decay is None:
+        place = arith.remui(thread, at(64))
+    elif keys > 64:
         warpgroup = arith.divui(gpu.thread_id(gpu.Dimension.x), at(WARPGROUP))
         first = arith.muli(warpgroup, at(64))
         place = arith.addi(thread, arith.select(fading, first, at(keys - 64)))
@@ -428,9 +445,12 @@ def _eliminate_by_shuffles(
     mosaic_utils.warpgroup_barrier()
     entry = [memref.load(joint, [lane, at(j)]) for j in range(BLOCK)]
     own_noise = memref.load(noise, [lane])
-    kept = [
-        arith.select(fading, memref.load(decay, [at(j)]), one) if j else one for j in range(BLOCK)
-    ]
+    kept = [one] * BLOCK
+    if decay is not None:
+        own = [arith.remui(thread, at(64))] if len(decay.type.shape) == 2 else []
+        kept[1:] = [
+            arith.select(fading, memref.load(decay, [at(j), *own]), one) for j in range(1, BLOCK)
+        ]
     column = [memref.load(columns, [at(j), place]) for j in range(BLOCK)]
     shares = [] if restored is None else [memref.load(restored, [at(j)]) for j in range(BLOCK)]
 

@@ -1,0 +1,432 @@
+r"""The exact filter where every key decays and drifts at its own rate, in blocks of 16 tokens.
+
+The notation is that of `kernels.forward`, with α, c, ε and ρ vectors over keys. A ratio of decays
+within the block would be a number for every pair of tokens and key, and its factors overflow. None
+is needed of what the state decides: with k̃ = α∘k and x̃ = α∘x,
+
+$$ G_{ts} = \tilde k_t^\top P \tilde k_s + J_{ts},\quad
+   X_{ts} = \tilde x_t^\top P \tilde k_s + J'_{ts},\quad e_s = \alpha_s\circ P\tilde k_s + c_s\circ k_s $$
+
+where J_ts = Σ_j ρ_tsj c_sj k_tj k_sj and J' (of x_t) depend on no state: XLA finds them for all
+blocks at once, with every ratio at most 1. With G + diag(r) = L Lᵀ, one elimination gives u from e,
+each key's column fading at its own rate, and w from V − K̃Mᵀ; another, at the same time, R = X L⁻ᵀ,
+in place of the products of queries with u. Then
+
+$$ y_t = M\tilde x_t + \sum_{s \le t} R_{ts} w_s,\quad
+   \mathrm{var}_t = \tilde x_t^\top P\tilde x_t + c_t \cdot x_t^2 - \sum_{s \le t} R_{ts}^2 $$
+
+$$ M \leftarrow M\,\mathrm{diag}(\alpha_{16}) + \sum_s w_s (\epsilon_s\circ u_s)^\top,\quad
+   P \leftarrow \alpha_{16}\alpha_{16}^\top\circ P + \mathrm{diag}(c_{16})
+   - \sum_s (\epsilon_s\circ u_s)(\epsilon_s\circ u_s)^\top. $$
+
+**Layout.** As `kernels.forward` for keys of 64; warpgroup 1, which holds M, has its own
+elimination, of R. Keys and queries are float32 once they have decayed: three bfloat16 pieces each,
+one chunk in shared memory at a time.
+
+**Bytes** a token of 64 keys and values: 384 + 384 for keys and queries, 1024 for α, c∘k, a and ε,
+256 for values, 132 for J and noise; 256 + 512 + 8 written, 512 for states kept.
+"""
+
+from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Bool, Float
+
+from . import mosaic
+from .blocks import SMALLEST_LOG_DECAY
+from .covariance import CHUNK, COVARIANCE_PIECES, WIDTH, across, pieces_of
+from .forward import MEAN_PIECES, SAVED_PIECES, split
+from .mosaic import BLOCK, COLUMNS, ROWS, along_columns, along_rows, pairs, pieces
+
+Rows = Float[Array, "*row time key"]
+Pairs = Float[Array, "*row time 16"]
+
+
+class Prepared(NamedTuple):
+    """What a block's rates make of its tokens.
+
+    Args:
+        key: α∘k.
+        query: α∘x.
+        alpha: decay since the block's start; 0 once a document has started.
+        drifted: c∘k.
+        decay: a; 0 where a document starts.
+        end: decay to the block's end; 0 where a document starts between.
+        joint: J, of each token with the 16 of its block.
+        asked: J'.
+        last: c at the block's end.
+        unread: c·x².
+    """
+
+    key: Rows
+    query: Rows
+    alpha: Rows
+    drifted: Rows
+    decay: Rows
+    end: Rows
+    joint: Pairs
+    asked: Pairs
+    last: Float[Array, "*row block key"]
+    unread: Float[Array, "*row time"]
+
+
+def prepare(
+    key: Rows,
+    query: Rows,
+    log_decay: Rows,
+    starts: Bool[Array, "*row time"],
+    added: Rows,
+) -> Prepared:
+    """Prepare tokens whose number is a multiple of 16.
+
+    Args:
+        key: float32, as all are.
+        query: what is read.
+        log_decay: of each key.
+        starts: where documents start.
+        added: variance before the write: drift, or all of it where a document starts.
+    """
+    shape = key.shape
+
+    def by_block(array):
+        return array.reshape(*shape[:-2], -1, BLOCK, *array.shape[len(shape) - 1 :])
+
+    def by_token(array):
+        return array.reshape(*shape[:-1], *array.shape[len(shape) :])
+
+    steps = jnp.maximum(jnp.where(starts[..., None], 0, log_decay), SMALLEST_LOG_DECAY)
+    total = jnp.cumsum(by_block(steps), axis=-2)
+    document = jnp.cumsum(by_block(starts).astype(total.dtype), axis=-1)
+    same = (document[..., :, None] == document[..., None, :]) & jnp.tril(
+        jnp.ones((BLOCK, BLOCK), bool)
+    )
+    between = total[..., :, None, :] - total[..., None, :, :]
+    ratios = jnp.exp(jnp.where(same[..., None], between, -jnp.inf))
+    drift = jnp.sum(ratios**2 * by_block(added)[..., None, :, :], axis=-2)
+    alpha = jnp.where(document[..., None] == 0, jnp.exp(total), 0)
+    keys, queries = by_block(key), by_block(query)
+    drifted = drift * keys
+    joint, asked = (
+        jnp.sum(ratios * rows[..., :, None, :] * drifted[..., None, :, :], axis=-1)
+        for rows in (keys, queries)
+    )
+    return Prepared(
+        by_token(alpha * keys),
+        by_token(alpha * queries),
+        by_token(alpha),
+        by_token(drifted),
+        jnp.where(starts[..., None], 0, jnp.exp(log_decay)),
+        by_token(ratios[..., -1, :, :]),
+        by_token(joint),
+        by_token(asked),
+        drift[..., -1, :],
+        by_token(jnp.sum(drift * queries**2, axis=-1)),
+    )
+
+
+def filter_keywise(
+    prepared: Prepared,
+    value: Float[Array, "row time value"],
+    noise: Float[Array, "row time"],
+    covariance: Float[Array, "row key key"],
+    mean: Float[Array, "row value key"],
+    *,
+    save: bool,
+    interpret: bool = False,
+) -> dict[str, Array]:
+    """Filter rows of 64 values and 64 keys; time is a multiple of 64.
+
+    Args:
+        prepared: tokens in float32.
+        value: what is written, in float32.
+        noise: r.
+        covariance: P before the first token.
+        mean: M before the first token.
+        save: whether the states at every 64th token are wanted.
+        interpret: whether to run the kernel's simulation on a CPU.
+
+    Returns:
+        As `forward.filter_blocks`.
+    """
+    rows, time, width = prepared.key.shape
+    chunks = time // CHUNK
+    f32, bf16 = jnp.float32, jnp.bfloat16
+    out = {
+        "mean": ((rows, time, WIDTH), f32),
+        "variance": ((rows, time), f32),
+        "inverse_deviation": ((rows, time), f32),
+        "whitened": ((rows, time, width + WIDTH), f32),
+        "last_covariance": ((rows, width, width), f32),
+        "last_mean": ((rows, WIDTH, width), f32),
+    }
+    if save:
+        out["covariances"] = ((rows, chunks, SAVED_PIECES, width, width), bf16)
+        out["means"] = ((rows, chunks, SAVED_PIECES, WIDTH, width), bf16)
+    shared = mosaic.SMEM
+    operand = shared((1, COVARIANCE_PIECES, CHUNK, width), bf16, transforms=mosaic.THIN)
+    plain, ratios = shared((1, CHUNK, WIDTH), f32), shared((1, CHUNK, BLOCK), f32)
+    numbers = shared((1, CHUNK), f32)
+    columns = shared((BLOCK, width + WIDTH + 4), f32)
+    narrow = shared((BLOCK, CHUNK + 4), f32)
+
+    def pieced(count, height):
+        return shared((count, height, BLOCK), bf16, transforms=mosaic.THIN)
+
+    tokens = {
+        "keys": (split(prepared.key, COVARIANCE_PIECES), operand),
+        "queries": (split(prepared.query, COVARIANCE_PIECES), operand),
+        "values": (value, plain),
+        "alphas": (prepared.alpha, plain),
+        "drifted": (prepared.drifted, plain),
+        "decays": (prepared.decay, plain),
+        "ends": (prepared.end, plain),
+        "joints": (prepared.joint, ratios),
+        "asked": (prepared.asked, ratios),
+        "noises": (noise, numbers),
+        "unread": (prepared.unread, numbers),
+        "last": (prepared.last, shared((1, CHUNK // BLOCK, width), f32)),
+    }
+    copies = len(tokens) + 2 * (COVARIANCE_PIECES - 1)
+    scratch = {name: place for name, (_, place) in tokens.items()} | {
+        "outputs": shared((CHUNK, WIDTH), f32),
+        "read": shared((CHUNK, width + 4), f32),
+        "variances": shared((CHUNK,), f32),
+        "deviations": shared((2, CHUNK), f32),
+        "columns": columns,
+        "whitened": columns,
+        "questions": narrow,
+        "answers": narrow,
+        "joint": shared((CHUNK, BLOCK), f32),
+        "drawn": pieced(COVARIANCE_PIECES, width),
+        "moved": pieced(COVARIANCE_PIECES, width),
+        "explained": pieced(MEAN_PIECES, CHUNK),
+        "full": mosaic.barrier(num_arrivals=copies),
+        **{
+            name: mosaic.barrier(num_arrivals=1)
+            for name in (
+                "free",
+                "innovations_ready",
+                "drawn_ready",
+                "joint_ready",
+                "joint_free",
+                "elimination_ready",
+            )
+        },
+    }
+    run = mosaic.kernel(
+        partial(
+            _body,
+            sources=len(tokens),
+            names=tuple(out),
+            scratch=tuple(scratch),
+            chunks=chunks,
+            save=save,
+            interpret=interpret,
+        ),
+        [jax.ShapeDtypeStruct(*kind) for kind in out.values()],
+        {"row": rows},
+        list(scratch.values()),
+        2,
+        interpret,
+    )
+    found = run(*(array for array, _ in tokens.values()), covariance, mean)
+    return dict(zip(out, found, strict=True))
+
+
+def _body(*refs, sources, names, scratch, chunks, save, interpret):
+    inputs, (covariance_in, mean_in) = refs[:sources], refs[sources : sources + 2]
+    out, places = refs[sources + 2 :][: len(names)], refs[sources + 2 + len(names) :]
+    out = dict(zip(names, out, strict=True))
+    here = SimpleNamespace(**dict(zip(scratch, places, strict=True)))
+    row, warpgroup = lax.axis_index("row"), lax.axis_index("wg")
+    thin, square = (WIDTH, BLOCK), (WIDTH, WIDTH)
+    multiply = partial(mosaic.product, interpret=interpret)
+    load = mosaic.load
+
+    def fetch(chunk):
+        tokens, blocks = pl.ds(chunk * CHUNK, CHUNK), CHUNK // BLOCK
+        for name, source, target in zip(scratch, inputs, places, strict=False):
+            own = pl.ds(chunk * blocks, blocks) if name == "last" else tokens
+            copies = [(source.at[row, own], target.at[0])]
+            if len(source.shape) == 4:
+                copies = [
+                    (source.at[row, piece, own], target.at[0, piece])
+                    for piece in range(source.shape[1])
+                ]
+            for part, place in copies:
+                mosaic.copy_in(part, place, here.full)
+
+    def leave(name, chunk, state):
+        for piece, part in enumerate(pieces(state, SAVED_PIECES)):
+            out[name].at[row, chunk, piece][...] = part
+
+    def drawn():
+        return [here.drawn.at[piece] for piece in range(COVARIANCE_PIECES)]
+
+    @pl.when(warpgroup == 0)
+    def _covariance():
+        diagonal = mosaic.index(square, 0) == mosaic.index(square, 1)
+
+        def block(i, covariance):
+            start = i * BLOCK
+            tokens = pl.ds(start, BLOCK)
+            split = pieces(covariance, COVARIANCE_PIECES)
+            carried = multiply(thin, pairs(split, pieces_of(here.keys, 0, tokens), 3))
+            for piece, part in enumerate(pieces(carried, COVARIANCE_PIECES)):
+                here.drawn.at[piece][...] = part
+            tied = carried * mosaic.load_transposed(here.alphas.at[0, tokens])
+            tied = tied + mosaic.load_transposed(here.drifted.at[0, tokens])
+            mosaic.store_transposed(here.columns.at[:, pl.ds(0, WIDTH)], tied)
+            mosaic.commit_smem()
+            mosaic.barrier_arrive(here.drawn_ready)
+            between = multiply((CHUNK, BLOCK), pairs(pieces_of(here.keys, 0), drawn(), 3))
+            mosaic.barrier_wait(here.joint_free)
+            here.joint[...] = between + load(here.joints.at[0])
+            mosaic.commit_smem()
+            mosaic.barrier_arrive(here.joint_ready)
+            mosaic.barrier_wait(here.innovations_ready)
+            terms = pairs(split, pieces_of(here.queries, 0, tokens), 3)
+
+            def eliminate():
+                mosaic.eliminate(
+                    here.joint.at[tokens],
+                    here.noises.at[0, tokens],
+                    here.decays.at[0, tokens],
+                    here.columns,
+                    here.whitened,
+                    here.deviations.at[0, tokens],
+                    keys=WIDTH,
+                    interpret=interpret,
+                )
+
+            seen = mosaic.product_beside(thin, terms, eliminate, interpret)
+            query = [here.queries.at[0, piece, tokens] for piece in range(COVARIANCE_PIECES)]
+            seen = seen * sum(map(mosaic.load_transposed, query))
+            mosaic.store_transposed(here.read.at[tokens, pl.ds(0, WIDTH)], seen)
+            moved = mosaic.load_transposed(here.whitened.at[:, pl.ds(0, WIDTH)])
+            moved = pieces(
+                moved * mosaic.load_transposed(here.ends.at[0, tokens]), COVARIANCE_PIECES
+            )
+            for piece, part in enumerate(moved):
+                here.moved.at[piece][...] = part
+            mosaic.commit_smem()
+            mosaic.barrier_arrive(here.elimination_ready)
+            right = across(here.moved, COVARIANCE_PIECES, pl.ds(0, WIDTH))
+            absorbed = multiply(square, pairs(moved, right, 3))
+            end = here.alphas.at[0, start + BLOCK - 1]
+            kept = along_rows(load(end, ROWS), square) * along_columns(load(end, COLUMNS), square)
+            added = along_columns(load(here.last.at[0, i], COLUMNS), square)
+            added = jnp.where(diagonal, added, jnp.zeros_like(added))
+            return covariance * kept + added - absorbed
+
+        def chunk(c, covariance):
+            mosaic.barrier_wait(here.full)
+            if save:
+                leave("covariances", c, covariance)
+            covariance = lax.fori_loop(0, CHUNK // BLOCK, block, covariance)
+            mosaic.barrier_wait(here.free)
+
+            @pl.when(c + 1 < chunks)
+            def _():
+                mosaic.commit_smem()  # this warpgroup's own warps may be reading the chunk yet
+                fetch(c + 1)
+
+            return covariance
+
+        fetch(0)
+        last = lax.fori_loop(0, chunks, chunk, load(covariance_in.at[row]))
+        out["last_covariance"].at[row][...] = last
+
+    @pl.when(warpgroup == 1)
+    def _mean():
+        shape = CHUNK, BLOCK
+        token, column = mosaic.index(shape, 0), mosaic.index(shape, 1)
+        line = mosaic.index((CHUNK,), 0, ROWS)
+        values_of = pl.ds(WIDTH, WIDTH)
+        mosaic.barrier_arrive(here.joint_free)
+
+        def chunk(c, mean):
+            mosaic.barrier_wait(here.full)
+            mosaic.wait_out(0, wait_read_only=True)
+            if save:
+                leave("means", c, mean)
+
+            def block(i, carry):
+                mean, squares = carry
+                start = i * BLOCK
+                tokens = pl.ds(start, BLOCK)
+                split = pieces(mean, MEAN_PIECES)
+                keys = pieces_of(here.keys, 0, tokens)[:MEAN_PIECES]
+                expected = multiply(thin, pairs(split, keys, MEAN_PIECES))
+                innovation = mosaic.load_transposed(here.values.at[0, tokens]) - expected
+                mosaic.store_transposed(here.columns.at[:, values_of], innovation)
+                mosaic.commit_smem()
+                mosaic.barrier_arrive(here.innovations_ready)
+                mosaic.barrier_wait(here.drawn_ready)
+                asked = multiply(shape, pairs(pieces_of(here.queries, 0), drawn(), 3))
+                asked = asked + load(here.asked.at[0])
+                mosaic.store_transposed(here.questions.at[:, pl.ds(0, CHUNK)], asked)
+                mosaic.commit_smem()
+                mosaic.barrier_wait(here.joint_ready)
+                mosaic.eliminate(
+                    here.joint.at[tokens],
+                    here.noises.at[0, tokens],
+                    None,
+                    here.questions,
+                    here.answers,
+                    here.deviations.at[1, tokens],
+                    keys=0,
+                    interpret=interpret,
+                )
+                mosaic.barrier_arrive(here.joint_free)
+                queries = pieces_of(here.queries, 0, tokens)[:MEAN_PIECES]
+                entered = multiply(thin, pairs(split, queries, MEAN_PIECES))
+                seen = mosaic.load_transposed(here.answers.at[:, pl.ds(0, CHUNK)])
+                seen = jnp.where(token - start >= column, seen, jnp.zeros_like(seen))
+                own_squares = jnp.sum(seen * seen, axis=1)
+                within = jnp.logical_and(line >= start, line < start + BLOCK)
+                squares = jnp.where(within, own_squares, squares)
+                for piece, part in enumerate(pieces(seen, MEAN_PIECES)):
+                    here.explained.at[piece][...] = part
+                mosaic.barrier_wait(here.elimination_ready)
+                surprise = pieces(
+                    mosaic.load_transposed(here.whitened.at[:, values_of]), MEAN_PIECES
+                )
+                end = here.alphas.at[0, start + BLOCK - 1]
+                kept = along_columns(load(end, COLUMNS), square)
+                right = across(here.moved, MEAN_PIECES, pl.ds(0, WIDTH))
+                mean = mean * kept + multiply(square, pairs(surprise, right, MEAN_PIECES))
+                for t in range(BLOCK):
+                    columns = pl.ds(0, 2 * WIDTH)
+                    entries = mosaic.load_threads(here.whitened.at[t, columns])
+                    out["whitened"].at[row, c * CHUNK + start + t, columns][...] = entries
+                mosaic.commit_smem()
+                weights = [
+                    here.explained.at[piece, tokens].transpose((1, 0))
+                    for piece in range(MEAN_PIECES)
+                ]
+                output = entered + multiply(thin, pairs(surprise, weights, MEAN_PIECES))
+                mosaic.store_transposed(here.outputs.at[tokens], output)
+                return mean, squares
+
+            start = mosaic.zeros((CHUNK,), ROWS)
+            mean, squares = lax.fori_loop(0, CHUNK // BLOCK, block, (mean, start))
+            entered = jnp.sum(load(here.read.at[:, pl.ds(0, WIDTH)]), axis=1)
+            entered = entered + load(here.unread.at[0], ROWS)
+            here.variances[...] = jnp.maximum(entered - squares, 0)
+            mosaic.commit_smem()
+            tokens = pl.ds(c * CHUNK, CHUNK)
+            mosaic.copy_out(here.outputs, out["mean"].at[row, tokens])
+            mosaic.copy_out(here.variances, out["variance"].at[row, tokens])
+            mosaic.copy_out(here.deviations.at[0], out["inverse_deviation"].at[row, tokens])
+            mosaic.barrier_arrive(here.free)
+            return mean
+
+        last = lax.fori_loop(0, chunks, chunk, load(mean_in.at[row]))
+        out["last_mean"].at[row][...] = last
+        mosaic.wait_out(0)
