@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from layers.rules import Exact, Restored, Rule
-from layers.stream import Belief, Reading, Stream, by_token, one_by_one
+from layers.stream import Belief, Reading, Stream, by_token, one_by_one, per_key
 
 Backend = Literal["auto", "xla", "mosaic"]
 EXACT = Exact()
@@ -31,8 +31,7 @@ def refusal(
     dial = (rule.restoration, rule.variance) if isinstance(rule, Restored) else ()
     arrays = [jnp.asarray(leaf) for leaf in jax.tree.leaves((stream, initial, dial))]
     types = {str(leaf.dtype) for leaf in arrays} - {"float32", "bfloat16", "bool"}
-    rates = {"log_decay": stream.log_decay, "drift": stream.drift}
-    wide = [name for name, rate in rates.items() if rate is not None and rate.ndim > 1]
+    varied = per_key_rates(stream, prior_variance)
     if not isinstance(rule, Exact | Restored):
         return f"`rule` is {rule}, and kernels take Exact() and Restored"
     if algorithm != "chunked":
@@ -44,13 +43,22 @@ def refusal(
         )
     if stream.length == 0:
         return "`stream` has no tokens, and kernels take one or more"
-    if wide:
-        return f"`{wide[0]}` is one number per key, and kernels take one a token"
+    if varied and isinstance(rule, Restored):
+        return f"`{varied[0]}` is one number per key, and kernels restore what has one a token"
+    if varied and key > WIDTH:
+        return f"`{varied[0]}` is one number per key, for which kernels take at most {WIDTH} keys"
     if types:
         return f"an array is {min(types)}, and kernels take float32 and bfloat16"
-    if stream.starts is not None and jnp.ndim(prior_variance) > 0:
-        return "`prior_variance` is one per key, and kernels start documents from one number"
     return None
+
+
+def per_key_rates(stream: Stream, prior_variance: Float[Array, "*width"] | float) -> list[str]:
+    """Names of the rates that are one number per key."""
+    rates = {"log_decay": stream.log_decay, "drift": stream.drift}
+    varied = [name for name, rate in rates.items() if rate is not None and rate.ndim > 1]
+    if stream.starts is not None and jnp.ndim(prior_variance) > 0:
+        varied.append("prior_variance")
+    return varied
 
 
 def device_refusal() -> str | None:
@@ -81,7 +89,7 @@ def chosen(backend: Backend, reason: str | None) -> bool:
 def kernel_scan(
     stream: Stream,
     initial: Belief,
-    prior_variance: Float[Array, ""] | float,
+    prior_variance: Float[Array, "*width"] | float,
     rule: Exact | Restored = EXACT,
     *,
     interpret: bool = False,
@@ -95,7 +103,9 @@ def kernel_scan(
         rule: what is done to the covariance.
         interpret: whether kernels are simulated on a CPU.
     """
-    from .exact import Filtered, Head, filter_head  # Mosaic is imported where it is used alone.
+    # Mosaic is imported where it is used alone.
+    from .exact import Filtered, Head, filter_head
+    from .keywise_head import KeywiseHead, filter_keywise_head
     from .segments import padded as filled_up
 
     covariance = initial.covariance
@@ -103,19 +113,22 @@ def kernel_scan(
     count, stream = stream.observations, one_by_one(stream)
     f32, time = jnp.float32, stream.length
     vectors = stream.key, stream.value, stream.query
-    half = all(part.dtype == jnp.bfloat16 for part in vectors)
+    keywise = bool(per_key_rates(stream, prior_variance))
+    half = not keywise and all(part.dtype == jnp.bfloat16 for part in vectors)
     key, value, query = (part if half else part.astype(f32) for part in vectors)
-    zero = jnp.zeros((time,), f32)
-    log_decay = zero if stream.log_decay is None else stream.log_decay.astype(f32)
-    drift = zero if stream.drift is None else stream.drift.astype(f32)
+    def rate(given):
+        given = jnp.zeros((time,), f32) if given is None else given.astype(f32)
+        return jnp.broadcast_to(per_key(given), key.shape) if keywise else given
+
+    log_decay, drift = rate(stream.log_decay), rate(stream.drift)
     starts, added = jnp.zeros((time,), bool), drift
     lasting = stream.log_decay is None and stream.drift is None
-    whole = lasting or key.shape[-1] > WIDTH or isinstance(rule, Restored)
+    whole = lasting or keywise or key.shape[-1] > WIDTH or isinstance(rule, Restored)
     length = time + -time % CHUNK if whole else filled_up(time)
     if stream.starts is not None:
         starts = stream.starts
         restart = jnp.exp(2 * log_decay) * jnp.asarray(prior_variance, f32) + drift
-        added = jnp.where(starts, restart, drift)
+        added = jnp.where(starts[:, None] if keywise else starts, restart, drift)
     kept = None
     if isinstance(rule, Restored):
         kept = jnp.asarray(rule.restoration, f32)
@@ -133,7 +146,7 @@ def kernel_scan(
 
     def rows_of(value, mean) -> Filtered:
         """What up to 64 rows of the memory say; rows share a covariance, and know of no others."""
-        head = Head(
+        shared = (
             padded(key),
             padded(value),
             padded(query),
@@ -143,8 +156,10 @@ def kernel_scan(
             padded(added),
             square(covariance),
             square(mean),
-            None if kept is None else padded(kept, 1),
         )
+        if keywise:
+            return filter_keywise_head(KeywiseHead(*shared), len(mean), interpret)
+        head = Head(*shared, None if kept is None else padded(kept, 1))
         return filter_head(head, len(mean), interpret, whole)
 
     rows, width = min(WIDTH, value.shape[-1]), key.shape[-1]

@@ -213,7 +213,7 @@ def filter_keywise(
                 "innovations_ready",
                 "drawn_ready",
                 "joint_ready",
-                "joint_free",
+                "block_free",
                 "elimination_ready",
             )
         },
@@ -277,6 +277,7 @@ def _body(*refs, sources, names, scratch, chunks, save, interpret):
             tokens = pl.ds(start, BLOCK)
             split = pieces(covariance, COVARIANCE_PIECES)
             carried = multiply(thin, pairs(split, pieces_of(here.keys, 0, tokens), 3))
+            mosaic.barrier_wait(here.block_free)
             for piece, part in enumerate(pieces(carried, COVARIANCE_PIECES)):
                 here.drawn.at[piece][...] = part
             tied = carried * mosaic.load_transposed(here.alphas.at[0, tokens])
@@ -285,7 +286,6 @@ def _body(*refs, sources, names, scratch, chunks, save, interpret):
             mosaic.commit_smem()
             mosaic.barrier_arrive(here.drawn_ready)
             between = multiply((CHUNK, BLOCK), pairs(pieces_of(here.keys, 0), drawn(), 3))
-            mosaic.barrier_wait(here.joint_free)
             here.joint[...] = between + load(here.joints.at[0])
             mosaic.commit_smem()
             mosaic.barrier_arrive(here.joint_ready)
@@ -340,6 +340,7 @@ def _body(*refs, sources, names, scratch, chunks, save, interpret):
 
         fetch(0)
         last = lax.fori_loop(0, chunks, chunk, load(covariance_in.at[row]))
+        mosaic.barrier_wait(here.block_free)
         out["last_covariance"].at[row][...] = last
 
     @pl.when(warpgroup == 1)
@@ -348,7 +349,7 @@ def _body(*refs, sources, names, scratch, chunks, save, interpret):
         token, column = mosaic.index(shape, 0), mosaic.index(shape, 1)
         line = mosaic.index((CHUNK,), 0, ROWS)
         values_of = pl.ds(WIDTH, WIDTH)
-        mosaic.barrier_arrive(here.joint_free)
+        mosaic.barrier_arrive(here.block_free)
 
         def chunk(c, mean):
             mosaic.barrier_wait(here.full)
@@ -383,7 +384,7 @@ def _body(*refs, sources, names, scratch, chunks, save, interpret):
                     keys=0,
                     interpret=interpret,
                 )
-                mosaic.barrier_arrive(here.joint_free)
+                mosaic.barrier_arrive(here.block_free)
                 queries = pieces_of(here.queries, 0, tokens)[:MEAN_PIECES]
                 entered = multiply(thin, pairs(split, queries, MEAN_PIECES))
                 seen = mosaic.load_transposed(here.answers.at[:, pl.ds(0, CHUNK)])

@@ -315,8 +315,8 @@ def eliminate(
     $$ u_t = \Bigl(e_t - \sum_{s<t} L_{ts}\, a_{s+1}\cdots a_t\, u_s\Bigr) / L_{tt} $$
 
     for columns of keys, which decay, and the same with a = 1 for the 64 of values that follow.
-    Warpgroup g whitens keys 64 g to 64 g + 63, the first one values too; where there are no keys,
-    the warpgroup that calls whitens all 64.
+    Warpgroup g whitens keys 64 g to 64 g + 63, the first one values too; where nothing
+    decays, the warpgroup that calls whitens all 64.
 
     Where a restoration keeps λ of the covariance, and memory decays less than its deviation does,
     `joint` and L are in the memory's decay, joint_ts = ρ_ts k_t·e_s, so that no ratio is above 1:
