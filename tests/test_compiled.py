@@ -269,6 +269,13 @@ def test_a_compiled_model_outside_the_catalogue_is_its_filter(name):
     assert_compile_to(exact, EXACT, u, *forms, gradients=name == "rotation")
 
 
+def test_decays_per_key_reach_the_kernels_and_another_policy_does_not():
+    exact = drafted("kda")
+    assert compile_filter(certify(exact)).backend.startswith("Pallas kernels on Hopper GPUs")
+    backend = compile_filter(certify(exact, CATALOGUE["kda"].policy)).backend
+    assert backend.startswith("XLA, in chunks of tokens; no kernel, as `rule` is Reset")
+
+
 @pytest.mark.parametrize("policy", [Isotropic(), Diagonal(), Forget()])
 def test_a_policy_keeps_an_uneven_prior(policy):
     exact = drafted("uneven prior")

@@ -38,7 +38,7 @@ def draw(case: Case, dtype: str, dial=None) -> tuple[dict, jax.Array | None]:
     named = {name: getattr(stream, name) for name in (*VECTORS, "noise", "log_decay", "drift")}
     named |= {"prior": jnp.float32(PRIOR), "mean": mean, "covariance": covariance}
     if dial is not None:
-        named |= {"restoration": dial, "restored variance": jnp.float32(0.8)}
+        named |= {"restoration": jnp.asarray(dial), "restored variance": jnp.float32(0.8)}
     cast = {
         name: jnp.asarray(part, dtype if name in VECTORS else "float32")
         for name, part in named.items()
@@ -212,6 +212,36 @@ def test_a_simulated_sweep_finds_what_the_whole_recursion_finds_for_the_start(ca
     assert "RACE" not in capfd.readouterr().out
 
 
+FALLING = np.linspace(1, 0, 20, dtype="float32")
+"""Restoration from exact to reset."""
+
+
+def test_a_simulated_restoration_and_its_gradients_are_the_definition():
+    case = Case(20, 64, 64, decay="scalar", drift="scalar", starts=(3,))
+    arguments, starts = draw(case, "float32", FALLING)
+    found = differentiated(simulated)(arguments, starts)
+    assert_within(found, expected(arguments, starts), "float32")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("keys", [64, 96])
+def test_a_simulated_restoration_across_chunks_is_the_definition(keys, monkeypatch, capfd):
+    monkeypatch.setattr(reverse, "PROCESSORS", 1)
+    case = Case(75, keys, 64, decay="scalar", drift="scalar", starts=(20, 64))
+    arguments, starts = draw(case, "float32", np.linspace(1, 0, 75, dtype="float32"))
+    found = differentiated(simulated)(arguments, starts)
+    assert_within(found, expected(arguments, starts), "float32")
+    assert "RACE" not in capfd.readouterr().out
+
+
+def test_simulated_rates_per_key_and_their_gradients_are_the_definition(capfd):
+    case = Case(20, 64, 64, decay="key", drift="key", starts=(3,))
+    arguments, starts = draw(case, "float32")
+    found = differentiated(simulated)(arguments, starts)
+    assert_within(found, expected(arguments, starts), "float32")
+    assert "RACE" not in capfd.readouterr().out
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_simulated_segments_and_their_gradients_are_the_definition(dtype, monkeypatch, capfd):
@@ -236,6 +266,21 @@ def test_how_many_segments_a_sequence_is_cut_into():
         assert 0 <= padded - time < 64 + time / 32
         if time > 2000:
             assert segments.count(rows=16, chunks=padded // 64) >= 3
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(75, 64, 64, decay="key", drift="key", starts=(20, 64)),
+        Case(75, 24, 40, decay="key", drift="scalar", weakest=-50.0),
+    ],
+)
+def test_simulated_rates_per_key_across_chunks_are_the_definition(case, capfd):
+    arguments, starts = draw(case, "float32")
+    found = differentiated(simulated)(arguments, starts)
+    assert_within(found, expected(arguments, starts), "float32")
+    assert "RACE" not in capfd.readouterr().out
 
 
 @pytest.mark.exhaustive
@@ -269,15 +314,39 @@ def test_simulated_heads_that_write_twice_a_token_are_mapped():
             np.testing.assert_allclose(part[head], other, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("keys", [64, 128])
-def test_kernels_lower_for_cuda(keys, dtype):
+@pytest.mark.parametrize(
+    ("keys", "dtype", "dial"),
+    [
+        (64, "bfloat16", False),
+        (64, "float32", True),
+        (128, "bfloat16", False),
+        (128, "float32", True),
+        *(
+            pytest.param(keys, *kind, marks=pytest.mark.exhaustive)
+            for keys in (64, 128)
+            for kind in (("float32", False), ("bfloat16", True))
+        ),
+    ],
+)
+def test_kernels_lower_for_cuda(keys, dtype, dial):
     """The whole gradient, and so all three kernels; also alone, which saves no states.
 
-    Lowering fails where shared memory is short, and where a transfer has no layout.
+    Lowering fails where shared memory is short, and where a transfer has no layout. A restoration
+    takes more of it.
     """
     case = Case(200, keys, 64, decay="scalar", drift="scalar", starts=(7,))
-    arguments, starts = draw(case, dtype)
+    assert lowered(case, dtype, 0.5 if dial else None) == (3, 1)
+
+
+def test_kernels_of_rates_per_key_lower_for_cuda():
+    """Their gradient is XLA's."""
+    case = Case(200, 64, 64, decay="key", drift="key", starts=(7,))
+    assert lowered(case, "float32") == (1, 1)
+
+
+def lowered(case: Case, dtype: str, dial=None) -> tuple[int, int]:
+    """How many kernels the gradient, and the filter alone, lower to."""
+    arguments, starts = draw(case, dtype, dial)
     heads = jax.tree.map(lambda part: jnp.stack([part] * 2), arguments)
 
     def lower(function):
@@ -285,8 +354,9 @@ def test_kernels_lower_for_cuda(keys, dtype):
         with mosaic.lowering_mesh():
             return mapped.trace(heads).lower(lowering_platforms=("cuda",)).as_text()
 
-    assert lower(differentiated(kernel_scan)).count("mosaic_gpu_v2") == 3
-    assert lower(lambda *inputs: outputs(*inputs, kernel_scan)).count("mosaic_gpu_v2") == 1
+    forms = differentiated(kernel_scan), lambda *inputs: outputs(*inputs, kernel_scan)
+    gradient, alone = (lower(form).count("mosaic_gpu_v2") for form in forms)
+    return gradient, alone
 
 
 def test_segments_lower_for_cuda(monkeypatch):
@@ -306,9 +376,10 @@ UNFIT = {
     "memory": (replace(FITTING, value=80), {}),
     "memory wider": (replace(FITTING, key=136), {}),
     "no tokens": (Case(0, 64, 64), {}),
-    "log_decay": (replace(FITTING, decay="key"), {}),
-    "drift": (replace(FITTING, drift="key"), {}),
-    "prior_variance": (FITTING, {"prior_variance": jnp.ones(64)}),
+    "log_decay": (replace(FITTING, key=72, decay="key"), {}),
+    "drift": (replace(FITTING, key=72, drift="key"), {}),
+    "drift restored": (replace(FITTING, drift="key"), {"rule": Restored(jnp.asarray(0.5))}),
+    "prior_variance": (replace(FITTING, key=72), {"prior_variance": jnp.ones(72)}),
 }
 
 
@@ -334,6 +405,10 @@ def test_what_kernels_cover_is_not_refused():
     for case in (FITTING, Case(1, 8, 16), longer, wider, replace(wider, key=128)):
         assert refused(case) is None
         assert refused(case, dtype="bfloat16") is None
+        assert refused(case, rule=Restored(jnp.asarray(0.5, "float32"))) is None
+    assert refused(replace(wider, decay="key")) is None
+    assert refused(replace(wider, drift="key"), dtype="bfloat16") is None
+    assert refused(FITTING, prior_variance=jnp.ones(64)) is None
 
 
 @pytest.mark.skipif(device_refusal() is None, reason="this device takes kernels")
@@ -358,6 +433,7 @@ FULL = Case(300, 64, 64, decay="scalar", drift="scalar", starts=(7, 70, 71, 128)
 
 
 WIDE = replace(FULL, key=128, value=128)
+PER_KEY = replace(FULL, decay="key", drift="key")
 
 
 def assert_on_gpu(arguments, starts, dtype, slack=1.0):
@@ -391,6 +467,11 @@ def test_every_length_on_a_gpu(keys, time, dtype):
         replace(WIDE, decay="none"),
         replace(WIDE, value=64, drift="none"),
         Case(100, 72, 128, decay="scalar", drift="scalar", starts=(9,), observations=2),
+        PER_KEY,
+        replace(PER_KEY, drift="none"),
+        replace(PER_KEY, value=128, decay="none"),
+        Case(1, 64, 64, decay="key", drift="scalar"),
+        Case(100, 24, 40, decay="scalar", drift="key", starts=(9,), observations=2),
     ],
 )
 def test_documents_absent_rates_and_wide_values_on_a_gpu(case, dtype):
@@ -400,7 +481,7 @@ def test_documents_absent_rates_and_wide_values_on_a_gpu(case, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("weakest", [-5.0, -50.0])
-@pytest.mark.parametrize("case", [FULL, WIDE])
+@pytest.mark.parametrize("case", [FULL, WIDE, PER_KEY])
 def test_strong_decay_on_a_gpu(case, weakest, dtype):
     assert_on_gpu(*draw(replace(case, weakest=weakest), dtype), dtype)
 
@@ -432,6 +513,8 @@ LASTING = Case(192, 64, 64)
         (FULL, 1e2),
         (LASTING, 1e-1),
         (LASTING, 1e2),
+        (PER_KEY, 1e-3),
+        (PER_KEY, 1e2),
         (WIDE, 1e-3),
         (WIDE, 1e2),
         (replace(LASTING, key=128, value=128), 1e-1),
@@ -499,6 +582,26 @@ def test_segments_of_several_heads_on_a_gpu():
         for index, scale in enumerate((1, -1, 2)):
             gap = np.linalg.norm(np.asarray(part[index] - scale * other, np.float64))
             assert gap <= 1e-5 * max(np.linalg.norm(other), 1e-30)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("dial", [1e-4, 0.3, 1.0, np.linspace(1, 0, 300, dtype="float32")])
+@pytest.mark.parametrize("case", [FULL, WIDE, replace(FULL, decay="none", drift="none")])
+def test_restoration_on_a_gpu(case, dial, dtype):
+    assert_on_gpu(*draw(case, dtype, dial), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [FULL, WIDE])
+def test_a_restoration_of_0_has_its_derivative_on_a_gpu(case):
+    """The memory's initial covariance then moves nothing."""
+    arguments, starts = draw(case, "float32", 0.0)
+    gradients, values = compiled(kernel_scan)(arguments, starts)
+    exact, right = expected(arguments, starts)
+    assert not np.any(exact.pop("covariance"))
+    assert np.linalg.norm(gradients.pop("covariance")) < 1e-5 * np.linalg.norm(exact["key"])
+    assert_within((gradients, values), (exact, right), "float32")
 
 
 @pytest.mark.gpu

@@ -170,7 +170,7 @@ def filter_keywise(
     shared = mosaic.SMEM
     operand = shared((1, COVARIANCE_PIECES, CHUNK, width), bf16, transforms=mosaic.THIN)
     plain, ratios = shared((1, CHUNK, WIDTH), f32), shared((1, CHUNK, BLOCK), f32)
-    numbers = shared((1, CHUNK), f32)
+    numbers = jnp.stack([noise, prepared.unread], axis=1).reshape(rows, 2, chunks, CHUNK)
     columns = shared((BLOCK, width + WIDTH + 4), f32)
     narrow = shared((BLOCK, CHUNK + 4), f32)
 
@@ -187,16 +187,14 @@ def filter_keywise(
         "ends": (prepared.end, plain),
         "joints": (prepared.joint, ratios),
         "asked": (prepared.asked, ratios),
-        "noises": (noise, numbers),
-        "unread": (prepared.unread, numbers),
+        "numbers": (jnp.swapaxes(numbers, 1, 2), shared((1, 2, CHUNK), f32)),
         "last": (prepared.last, shared((1, CHUNK // BLOCK, width), f32)),
     }
     copies = len(tokens) + 2 * (COVARIANCE_PIECES - 1)
     scratch = {name: place for name, (_, place) in tokens.items()} | {
         "outputs": shared((CHUNK, WIDTH), f32),
         "read": shared((CHUNK, width + 4), f32),
-        "variances": shared((CHUNK,), f32),
-        "deviations": shared((2, CHUNK), f32),
+        "said": shared((3, CHUNK), f32),  # deviations, of either elimination, and variances
         "columns": columns,
         "whitened": columns,
         "questions": narrow,
@@ -251,9 +249,10 @@ def _body(*refs, sources, names, scratch, chunks, save, interpret):
     def fetch(chunk):
         tokens, blocks = pl.ds(chunk * CHUNK, CHUNK), CHUNK // BLOCK
         for name, source, target in zip(scratch, inputs, places, strict=False):
-            own = pl.ds(chunk * blocks, blocks) if name == "last" else tokens
+            places_of = {"last": pl.ds(chunk * blocks, blocks), "numbers": chunk}
+            own = places_of.get(name, tokens)
             copies = [(source.at[row, own], target.at[0])]
-            if len(source.shape) == 4:
+            if name in ("keys", "queries"):
                 copies = [
                     (source.at[row, piece, own], target.at[0, piece])
                     for piece in range(source.shape[1])
@@ -295,11 +294,11 @@ def _body(*refs, sources, names, scratch, chunks, save, interpret):
             def eliminate():
                 mosaic.eliminate(
                     here.joint.at[tokens],
-                    here.noises.at[0, tokens],
+                    here.numbers.at[0, 0, tokens],
                     here.decays.at[0, tokens],
                     here.columns,
                     here.whitened,
-                    here.deviations.at[0, tokens],
+                    here.said.at[0, tokens],
                     keys=WIDTH,
                     interpret=interpret,
                 )
@@ -376,11 +375,11 @@ def _body(*refs, sources, names, scratch, chunks, save, interpret):
                 mosaic.barrier_wait(here.joint_ready)
                 mosaic.eliminate(
                     here.joint.at[tokens],
-                    here.noises.at[0, tokens],
+                    here.numbers.at[0, 0, tokens],
                     None,
                     here.questions,
                     here.answers,
-                    here.deviations.at[1, tokens],
+                    here.said.at[1, tokens],
                     keys=0,
                     interpret=interpret,
                 )
@@ -418,13 +417,13 @@ def _body(*refs, sources, names, scratch, chunks, save, interpret):
             start = mosaic.zeros((CHUNK,), ROWS)
             mean, squares = lax.fori_loop(0, CHUNK // BLOCK, block, (mean, start))
             entered = jnp.sum(load(here.read.at[:, pl.ds(0, WIDTH)]), axis=1)
-            entered = entered + load(here.unread.at[0], ROWS)
-            here.variances[...] = jnp.maximum(entered - squares, 0)
+            entered = entered + load(here.numbers.at[0, 1], ROWS)
+            here.said.at[2][...] = jnp.maximum(entered - squares, 0)
             mosaic.commit_smem()
             tokens = pl.ds(c * CHUNK, CHUNK)
             mosaic.copy_out(here.outputs, out["mean"].at[row, tokens])
-            mosaic.copy_out(here.variances, out["variance"].at[row, tokens])
-            mosaic.copy_out(here.deviations.at[0], out["inverse_deviation"].at[row, tokens])
+            mosaic.copy_out(here.said.at[2], out["variance"].at[row, tokens])
+            mosaic.copy_out(here.said.at[0], out["inverse_deviation"].at[row, tokens])
             mosaic.barrier_arrive(here.free)
             return mean
 
