@@ -13,7 +13,7 @@ import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from layers import Stream, filter_scan
+from layers import Restored, Stream, filter_scan
+from layers.rules import Exact
 from recall.records import record, write_json
 
 OURS, XLA = "exact filter, kernels", "exact filter, XLA"
+RESTORED, PER_KEY = "restored filter, kernels", "exact filter, rates per key, kernels"
 PEERS = {"gated delta rule": "gated_deltanet", "KDA": "kda", "GLA": "gla", "SSD": "simple_gla"}
 
 
@@ -65,6 +67,7 @@ class Accuracy:
     """Relative errors of the read-out, its variance, and every gradient."""
 
     shape: Shape
+    contender: str
     dtype: str
     errors: dict[str, float]
 
@@ -85,11 +88,22 @@ def streams(shape: Shape, drift: float, dtype: str, seed: int, rows: int | None 
     )
 
 
-def exact(backend: str) -> Callable[[Stream], tuple[Array, Array]]:
-    """Read-outs and variances of every head."""
+def exact(contender: str, **how: Any) -> Callable[[Stream], tuple[Array, Array]]:
+    """Read-outs and variances of every head.
+
+    A restoration is 1/(1 + r) a token, so that its derivative is asked for; rates per key are 0.5
+    to 1.5 times the stream's.
+    """
 
     def head(stream: Stream) -> tuple[Array, Array]:
-        _, reading = filter_scan(stream, 1.0, backend=backend)  # pyright: ignore[reportArgumentType]
+        rule = Restored(1 / (1 + stream.noise)) if contender == RESTORED else Exact()
+        if contender == PER_KEY:
+            assert stream.log_decay is not None
+            assert stream.drift is not None
+            spread = jnp.linspace(0.5, 1.5, stream.key.shape[-1])
+            rates = (rate[:, None] * spread for rate in (stream.log_decay, stream.drift))
+            stream = replace(stream, **dict(zip(("log_decay", "drift"), rates, strict=True)))
+        _, reading = filter_scan(stream, 1.0, rule, **how)
         return reading.mean, reading.variance
 
     return jax.vmap(head)
@@ -118,12 +132,15 @@ def peer(kind: str, shape: Shape) -> Callable[[Stream], tuple[Array]]:
 
 def contenders(shape: Shape, config: Config) -> dict[str, Callable[[Stream], tuple[Array, ...]]]:
     """What is timed on a shape."""
-    out: dict[str, Callable[[Stream], tuple[Array, ...]]] = {OURS: exact("mosaic")}
+    labels = (OURS, RESTORED, PER_KEY)[: 3 if shape.width == 64 else 2]
+    out: dict[str, Callable[[Stream], tuple[Array, ...]]] = {
+        label: exact(label, backend="mosaic") for label in labels
+    }
     if importlib.util.find_spec("jla") is not None:
         peers = PEERS.items() if shape.width == 64 else list(PEERS.items())[:1]
         out |= {f"{label}, jax-linear-attention": peer(kind, shape) for label, kind in peers}
     if shape in config.xla:
-        out[XLA] = exact("xla")
+        out[XLA] = exact(OURS, backend="xla")
     return out
 
 
@@ -160,23 +177,21 @@ def milliseconds(function: Callable[[Stream], Any], stream: Stream, config: Conf
     return 1e3 * statistics.median(times)
 
 
-def accuracy(shape: Shape, dtype: str, config: Config, seed: int) -> Accuracy:
+def accuracy(shape: Shape, label: str, dtype: str, config: Config, seed: int) -> Accuracy:
     """Errors of two heads, whole sequences."""
     few = streams(shape, config.drift, dtype, seed, rows=2)
 
     def both(stream: Stream, function):
         return *function(stream), *jax.tree.leaves(differentiated(function)(stream))
 
-    def by_token(stream: Stream):
-        _, reading = jax.vmap(lambda head: filter_scan(head, 1.0, algorithm="token"))(stream)
-        return reading.mean, reading.variance
-
-    found = jax.jit(lambda stream: both(stream, exact("mosaic")))(few)
+    found = jax.jit(lambda stream: both(stream, exact(label, backend="mosaic")))(few)
     with jax.enable_x64(True):
         whole = jax.tree.map(lambda part: part.astype("float64"), few)
-        expected = jax.jit(lambda stream: both(stream, by_token))(whole)
+        expected = jax.jit(lambda stream: both(stream, exact(label, algorithm="token")))(whole)
         names = ("read-out", "variance", "key", "value", "query", "noise", "log_decay", "drift")
-        return Accuracy(shape, dtype, dict(zip(names, map(_error, found, expected), strict=True)))
+        return Accuracy(
+            shape, label, dtype, dict(zip(names, map(_error, found, expected), strict=True))
+        )
 
 
 def _error(found: Array, expected: Array) -> float:
@@ -194,9 +209,17 @@ def run(config: Config, seed: int, progress: Callable[[dict[str, Any]], None]) -
             timings.append(asdict(timed(shape, label, function, stream, config)))
             progress({"timings": timings, "errors": errors})
     first, second, wide = config.shapes
-    cases = (first, "bfloat16"), (first, "float32"), (second, "bfloat16"), (wide, "bfloat16")
-    for shape, dtype in cases:
-        errors.append(asdict(accuracy(shape, dtype, config, seed)))
+    cases = (
+        (first, OURS, "bfloat16"),
+        (first, OURS, "float32"),
+        (first, RESTORED, "bfloat16"),
+        (first, PER_KEY, "bfloat16"),
+        (second, OURS, "bfloat16"),
+        (wide, OURS, "bfloat16"),
+        (wide, RESTORED, "bfloat16"),
+    )
+    for case in cases:
+        errors.append(asdict(accuracy(*case, config, seed)))
         progress({"timings": timings, "errors": errors})
 
 

@@ -156,7 +156,7 @@ class KeyedMemory(eqx.Module):
         """What programs run whole sequences, in a sentence."""
         reason = self.kernel_refusal()
         if reason is None:
-            return "Pallas kernels on Hopper GPUs, forward and backward; XLA in chunks elsewhere."
+            return "Pallas kernels on Hopper GPUs, XLA in chunks of tokens elsewhere."
         form = "token by token" if self.algorithm == "token" else "parallel in time"
         if self.algorithm == "chunked":
             form = "in chunks of tokens"
@@ -259,7 +259,7 @@ class KeyedMemory(eqx.Module):
         return silent_at_padding(prediction, mask), state
 
     @property
-    def _moves(self) -> str:
+    def _moves(self) -> MatrixKind:
         return self.exact.structure.transition
 
 

@@ -71,11 +71,12 @@ def filter_scan(
             products of 64 tokens at a time; "parallel" also combines the chunks in a tree, for
             few heads and long sequences on a wide device.
         dtype: of the operands of products that carry values (`layers.precision`).
-        backend: "mosaic" runs the kernels of `layers.kernels`, which take the exact filter with
-            keys up to 64 and values up to or a multiple of 64 wide, and one decay and drift a
-            token, in chunks, on Hopper GPUs; "auto" runs them where they apply, and else XLA. Means
-            of a reset filter in bfloat16 come from jax-linear-attention's kernels there, where it
-            is installed; "xla" is without.
+        backend: "mosaic" runs the kernels of `layers.kernels`, which take the exact filter and
+            `Restored` in chunks, with keys up to 128 and values up to or a multiple of 64 wide, on
+            Hopper GPUs; decay and drift per key, of the exact filter with keys up to 64, have their
+            gradient in XLA. "auto" runs them where they apply, and else XLA.
+            Means of a reset filter in bfloat16 come from jax-linear-attention's kernels there,
+            where it is installed; "xla" is without.
 
     Returns:
         The belief after the last token and every token's reading: the same for each algorithm to

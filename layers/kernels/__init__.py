@@ -2,7 +2,9 @@
 
 `forward` filters, with `covariance` for the warpgroups that hold P; `reverse` finds the gradient,
 its recursion in `wide` where keys are 128; `exact` joins them for one head, `blocks` prepares what
-both need of decays, `mosaic` holds every name of Mosaic's, and `dispatch` decides what runs.
+both need of decays, `restored` has the cotangent of a restoration, `mosaic` holds every name of
+Mosaic's, and `dispatch` decides what runs. Rates per key have `keywise`, and `keywise_head` with
+their gradient in XLA.
 `delta_rule` runs means of the reset filter as another library's kernels.
 `segments` cuts a few long sequences into parts that run side by side, with `elements` for what a
 part does to any belief, and `sweep` for what it asks of it.
@@ -14,8 +16,11 @@ with keys of cosine 0.9, products in two pieces of bfloat16 cost more as noise f
 the prior variance 3e-5 of read-outs, 1e-3 of the keys' gradient and 4e-3 of the initial
 covariance's; at 1e-4, 2e-4, 3e-2 and 2e-1, where XLA in float32 has 1e-4, 3e-4 and 1e-3. Where
 almost every decay is below exp(−50), the decays' own gradient all but vanishes, and what the
-kernels say of it is rounding: about 2e-6 of the keys' gradient. Few long sequences for which decay
-and drift are given, but are 0 at every token, have fewer digits (`kernels.segments`).
+kernels say of it is rounding: about 2e-6 of the keys' gradient. A restoration λ may be 0 and has
+its derivative there; where it changes within 64 tokens, λ below 2e-9 counts as that, and products
+of λ lose up to 1e-4 of themselves after tokens that have kept nothing.
+Few long sequences for which decay and drift are given, but are 0 at every token, have fewer digits
+(`kernels.segments`).
 """
 
 from .delta_rule import delta_refusal as delta_refusal

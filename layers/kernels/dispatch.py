@@ -116,6 +116,7 @@ def kernel_scan(
     keywise = bool(per_key_rates(stream, prior_variance))
     half = not keywise and all(part.dtype == jnp.bfloat16 for part in vectors)
     key, value, query = (part if half else part.astype(f32) for part in vectors)
+
     def rate(given):
         given = jnp.zeros((time,), f32) if given is None else given.astype(f32)
         return jnp.broadcast_to(per_key(given), key.shape) if keywise else given

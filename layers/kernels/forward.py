@@ -17,6 +17,11 @@ $$ M \leftarrow \alpha_{16} M + \sum_s \epsilon_s w_s u_s^\top,\quad
 
 Every ratio is at most 1, so no decay is too strong, and 0 where a document starts between.
 
+Where a restoration keeps λ of the predicted covariance, α, ε and ρ are the mean's. P's are these
+with √δ besides, δ_ts = λ_{s+1}⋯λ_t: α²δ in e and in P, X∘X∘δ in the variances, ε²δ in P; and L is
+kept in the mean's decay (`mosaic.eliminate`). So λ may be 0, though its powers are divided by in
+the usual form of two decays.
+
 **Layout.** Warpgroup 0 holds P (64 × 64 float32) in registers, warpgroup 1 holds M; both are split
 into bfloat16 pieces (`mosaic.pieces`), three for P and two for M, as left operands of the tensor
 cores. Warpgroup 0 eliminates while its tensor cores find P x for the variances. Sums are float32.

@@ -5,7 +5,8 @@ within the block would be a number for every pair of tokens and key, and its fac
 is needed of what the state decides: with k̃ = α∘k and x̃ = α∘x,
 
 $$ G_{ts} = \tilde k_t^\top P \tilde k_s + J_{ts},\quad
-   X_{ts} = \tilde x_t^\top P \tilde k_s + J'_{ts},\quad e_s = \alpha_s\circ P\tilde k_s + c_s\circ k_s $$
+   X_{ts} = \tilde x_t^\top P \tilde k_s + J'_{ts},\quad
+   e_s = \alpha_s\circ P\tilde k_s + c_s\circ k_s $$
 
 where J_ts = Σ_j ρ_tsj c_sj k_tj k_sj and J' (of x_t) depend on no state: XLA finds them for all
 blocks at once, with every ratio at most 1. With G + diag(r) = L Lᵀ, one elimination gives u from e,

@@ -5,8 +5,9 @@ bilinear forms alone (`_made`): G and A, the joint covariances of values with va
 read-outs, F = ε∘E, and the means that are expected. What the forward pass has left, u, w and
 √s, gives the factor without another factorisation,
 
-$$ L_{ts} = k_t^\top \mathrm{diag}(\rho_{ts}) u_s,\quad R_{ts} = x_t^\top \mathrm{diag}(\rho_{ts}) u_s,
-   \quad B = L^{-\top}(\epsilon\circ U),\quad \Theta = L^{-\top} W $$
+$$ L_{ts} = k_t^\top \mathrm{diag}(\rho_{ts}) u_s,\quad
+   R_{ts} = x_t^\top \mathrm{diag}(\rho_{ts}) u_s $$
+$$ B = L^{-\top}(\epsilon\circ U),\quad \Theta = L^{-\top} W $$
 
 and the cotangents of those forms are `kernels.reverse`'s Ĝ, H̄, F̄ and V̄. Their own derivatives are
 JAX's. Only the recursion across chunks, four products of K × K a chunk, is sequential.
@@ -26,7 +27,6 @@ from layers.chunks import (
     to_end,
     whole,
     within_chunk,
-    within_documents,
 )
 from layers.precision import exact_product
 from layers.triangular import triangular_inverse
@@ -241,9 +241,7 @@ def _backward(values: int, interpret: bool, residuals, of: Filtered):
     def over_chunks(function, *arrays):
         return jax.lax.map(lambda chunk: function(*chunk), arrays, batch_size=AT_ONCE)
 
-    tokens = _Tokens(
-        *map(by_chunk, (head.key, head.value, head.query, head.log_decay, head.added))
-    )
+    tokens = _Tokens(*map(by_chunk, (head.key, head.value, head.query, head.log_decay, head.added)))
     starts, whitened, scale = map(
         by_chunk, (head.starts, kept["whitened"], kept["inverse_deviation"])
     )
@@ -263,16 +261,12 @@ def _backward(values: int, interpret: bool, residuals, of: Filtered):
         return of_start, of_end
 
     first, of_ends = jax.lax.scan(body, (of.last_mean, of_last), known, reverse=True)
-    states = tuple(
-        kept[name].astype(jnp.float32).sum(axis=1) for name in ("covariances", "means")
-    )
+    states = tuple(kept[name].astype(jnp.float32).sum(axis=1) for name in ("covariances", "means"))
     surprise = whitened[..., head.key.shape[-1] :]
     found, of_noise = over_chunks(
         partial(_of_chunk, values), tokens, starts, surprise, known, states, of_said, of_ends
     )
-    key, value, query, log_decay, added = (
-        part.reshape(-1, *part.shape[2:]) for part in found
-    )
+    key, value, query, log_decay, added = (part.reshape(-1, *part.shape[2:]) for part in found)
     return (
         KeywiseHead(
             key,

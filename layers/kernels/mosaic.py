@@ -321,8 +321,8 @@ def eliminate(
     Where a restoration keeps λ of the covariance, and memory decays less than its deviation does,
     `joint` and L are in the memory's decay, joint_ts = ρ_ts k_t·e_s, so that no ratio is above 1:
 
-    $$ L_{ts} L_{ss} = \mathrm{joint}_{ts}
-       - \sum_{r<s} L_{tr} L_{sr}\, \lambda_{r+1}\cdots\lambda_s $$
+    $$ L_{ts} L_{ss} = \mathrm{joint}_{ts} - \sum_{r<s} L_{tr} L_{sr}\,
+       \lambda_{r+1}\cdots\lambda_s $$
 
     and keys' columns decay by λ a.
 

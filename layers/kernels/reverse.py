@@ -33,6 +33,20 @@ Memory scaled up while keys and queries are scaled down by as much changes no re
 $$ \bar{\log a_t} = \sum_{u \ge t} (k\cdot\bar k + x\cdot\bar x - 2 q\bar q)_u
    + \langle M', \bar M'\rangle + 2\langle P', \bar P'\rangle. $$
 
+**Restoration.** Where the prediction keeps λ a² P, the mean decays by less than the deviation.
+α, ε and ρ are then the mean's, and with δ_ts = λ_{s+1}⋯λ_t (from the chunk's start, to its end)
+L, R, B keep their form, e has α²δ in place of α², and N = L⁻¹ comes with N∘δ:
+
+$$ \bar R = \mathrm{tril}(\bar Y W^\top - 2\bar v\,(\delta\circ R)),\quad
+   \bar H = \bar R(\delta\circ N),\quad \Theta = (\delta\circ N)^\top W,\quad \bar F = \Theta\bar M' - 2\delta_C B\bar P' $$
+$$ -2\bar G_{ts} = Q_{ts} + \delta_{ts} Q_{st} + (S B^\top)_{st} + \delta_{ts} (S B^\top)_{ts}
+   \;(t \ge s),\quad S = \Theta\bar M' - \delta_C B\bar P' $$
+$$ Q = N^\top\bigl(\Phi(\bar W W^\top) + \Phi(\bar R^\top R)^\top + \tfrac{V}{2}\bar\ell\bigr)
+   (\delta\circ N) $$
+
+Nothing is divided by λ: every δ is at most 1, and λ = 0 is the reset filter (`kernels.restored` has
+λ's own cotangent).
+
 **Across chunks**, with Ψ = α_C − (αK)ᵀB and Λ = Θᵀ(αK),
 
 $$ \bar M = \bar M'\Psi^\top + \text{own},\quad
@@ -531,8 +545,7 @@ def recur(
 def asked_of_kept(rows: int, time: int, width: int) -> dict[str, tuple[tuple[int, ...], Any]]:
     """What is left of a restored covariance for λ's cotangent.
 
-    `tied` is Ē, `ends` P̄' of every chunk, `entered` ē·P k + v̄ x·P x of every token with the
-    chunk's P.
+    `tied` is Ē; `ends`, P̄' of every chunk; `entered`, ē·P k + v̄ x·P x with the chunk's own P.
     """
     f32 = jnp.float32
     return {
