@@ -29,7 +29,8 @@ def refusal(
     """Why no kernel takes this filter: argument, value, what is needed; None where one does."""
     value, key = initial.mean.shape
     dial = (rule.restoration, rule.variance) if isinstance(rule, Restored) else ()
-    arrays = [jnp.asarray(leaf) for leaf in jax.tree.leaves((stream, initial, dial))]
+    leaves = jax.tree.leaves((stream, initial, dial))
+    arrays = [leaf for leaf in leaves if not isinstance(leaf, float)]
     types = {str(leaf.dtype) for leaf in arrays} - {"float32", "bfloat16", "bool"}
     varied = per_key_rates(stream, prior_variance)
     if not isinstance(rule, Exact | Restored):

@@ -38,7 +38,8 @@ $$ \bar{\log a_t} = \sum_{u \ge t} (k\cdot\bar k + x\cdot\bar x - 2 q\bar q)_u
 L, R, B keep their form, e has α²δ in place of α², and N = L⁻¹ comes with N∘δ:
 
 $$ \bar R = \mathrm{tril}(\bar Y W^\top - 2\bar v\,(\delta\circ R)),\quad
-   \bar H = \bar R(\delta\circ N),\quad \Theta = (\delta\circ N)^\top W,\quad \bar F = \Theta\bar M' - 2\delta_C B\bar P' $$
+   \bar H = \bar R(\delta\circ N),\quad \Theta = (\delta\circ N)^\top W,\quad
+   \bar F = \Theta\bar M' - 2\delta_C B\bar P' $$
 $$ -2\bar G_{ts} = Q_{ts} + \delta_{ts} Q_{st} + (S B^\top)_{st} + \delta_{ts} (S B^\top)_{ts}
    \;(t \ge s),\quad S = \Theta\bar M' - \delta_C B\bar P' $$
 $$ Q = N^\top\bigl(\Phi(\bar W W^\top) + \Phi(\bar R^\top R)^\top + \tfrac{V}{2}\bar\ell\bigr)
