@@ -15,6 +15,7 @@ from inference.derivation import widen
 from inference.exact_filter import ExactFilter
 from inference.linear_gaussian import Belief as BlockBelief
 from inference.oracles import joint, nuts, simulation
+from inference.structure import MatrixKind
 
 from .coefficients import TOLERANCE, coefficients, why_not
 from .entries import Entries, entry_scan
@@ -220,7 +221,7 @@ class KeyedMemory(eqx.Module):
         rate = u.get(self.rule.rate) if isinstance(self.rule, Forget) else None
         drift = self.exact.structure.drift
 
-        def narrow(rates, kind: str):
+        def narrow(rates, kind: MatrixKind):
             """One number a token where all keys have the same."""
             return rates if kind == "diagonal" or not certified else rates[:, 0]
 
