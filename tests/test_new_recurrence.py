@@ -23,6 +23,7 @@ def test_the_user_writes_less_than_sixty_lines():
     assert sum(bool(line.strip()) and n not in left_out for n, line in lines) < 60
 
 
+@pytest.mark.exhaustive  # the notebook of a recurrence of one's own goes the same way
 @pytest.mark.nuts
 @pytest.mark.slow
 @pytest.mark.xdist_group("kin")  # what verification derives of the catalogue is shared

@@ -46,8 +46,11 @@ def only_faults(checks: Mapping[str, list[Check]]) -> bool:
 
 
 def more(case: Case) -> bool:
-    """Whether the case repeats another: a reduction's exact filter, or keys of length 1."""
-    return case.name.endswith(("unreduced", "unit keys"))
+    """Whether the case repeats another.
+
+    A reduction's exact filter, keys of length 1, or a decay that others of one design model have.
+    """
+    return case.name.endswith(("unreduced", "unit keys", "retnet", "linear_attention"))
 
 
 def by_case(cases: list[Case]) -> pytest.MarkDecorator:

@@ -110,7 +110,6 @@ def results(algorithm, time: int, width: int, per_key: bool):
 CASES = [
     pytest.param(*case, marks=pytest.mark.xdist_group(f"precision {case[1:]}"))  # share results
     for case in (
-        (chunked, 16_384, 16, False),
         (chunked, 16_384, 64, False),
         (chunked, 16_384, 16, True),
         (parallel, 320, 64, False),

@@ -77,7 +77,7 @@ def _filter_head(head: KeywiseHead, values: int, interpret: bool) -> Filtered:
 
 
 def _run(head: KeywiseHead, values: int, interpret: bool, save: bool):
-    def rows(key, value, query, noise, log_decay, starts, added, covariance, mean):
+    def rows(number, key, value, query, noise, log_decay, starts, added, covariance, mean):
         prepared = prepare(key, query, log_decay, starts, added)
         return filter_keywise(
             prepared, value, noise, covariance, mean, save=save, interpret=interpret
