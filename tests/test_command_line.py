@@ -250,6 +250,7 @@ def walk(key, value):
 """
 
 
+@pytest.mark.exhaustive  # whole models have tests of their own, and the command verifies others
 @pytest.mark.nuts
 @pytest.mark.slow
 @pytest.mark.xdist_group("kin")

@@ -138,6 +138,7 @@ def test_simulated_values_and_gradients_are_the_definition(monkeypatch, capfd):
     assert "RACE" not in capfd.readouterr().out
 
 
+@pytest.mark.exhaustive  # rows are mapped where heads write twice a token, too
 def test_simulated_values_of_128_rows_and_their_gradients_are_the_definition():
     case = Case(20, 64, 128, decay="scalar", drift="scalar", starts=(3,))
     arguments, starts = draw(case, "bfloat16")

@@ -108,9 +108,16 @@ def results(algorithm, time: int, width: int, per_key: bool):
 
 
 CASES = [
-    pytest.param(*case, marks=pytest.mark.xdist_group(f"precision {case[1:]}"))  # share results
+    pytest.param(
+        *case,
+        marks=[
+            pytest.mark.xdist_group(f"precision {case[1:]}"),  # share results
+            *([pytest.mark.exhaustive] * (case[2] == 16)),
+        ],
+    )
     for case in (
         (chunked, 16_384, 64, False),
+        (chunked, 16_384, 16, False),
         (chunked, 16_384, 16, True),
         (parallel, 320, 64, False),
     )
