@@ -28,7 +28,8 @@ from recall.language.pretraining import Pretraining, Sizes, pretrain
 from recall.language.run_files import RunFiles
 from recall.language.scores import retrieval_scorer
 from recall.language.training import mesh_of
-from recall.language_options import absolute, add_text_options, devices_of, mixture_of, positive
+from recall.language_options import absolute, add_text_options, devices_of, mixture_of
+from recall.option_types import amount
 from recall.records import record, write_json
 from recall.text.corpus import asked_rows
 from recall.text.documents import read_documents
@@ -333,9 +334,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     add_text_options(parser)
     for name, value in asdict(Sizes()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=positive, default=value)
-    parser.add_argument("--batch", type=positive, default=64, help="rows of the teacher's steps")
-    parser.add_argument("--tokens", type=positive, default=200_000_000, help="for the teacher")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=amount, default=value)
+    parser.add_argument("--batch", type=amount, default=64, help="rows of the teacher's steps")
+    parser.add_argument("--tokens", type=amount, default=200_000_000, help="for the teacher")
     parser.add_argument("--teacher-rate", type=float, default=2e-3)
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -343,13 +344,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, nargs="+", help="to restore (default: all)")
     parser.add_argument("--restoration", type=float, default=0.05)
     parser.add_argument("--matching", type=int, default=100)
-    parser.add_argument("--steps", type=positive, default=400)
+    parser.add_argument("--steps", type=amount, default=400)
     parser.add_argument("--task", type=float, default=0.5)
-    parser.add_argument("--distill-batch", type=positive, default=32)
+    parser.add_argument("--distill-batch", type=amount, default=32)
     parser.add_argument("--lean", action="store_true")
     parser.add_argument("--forms", nargs="+", choices=tuple(FORMS), default=list(_FORMS))
     parser.add_argument("--ask-lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
-    parser.add_argument("--ask-rows", type=positive, default=200)
+    parser.add_argument("--ask-rows", type=amount, default=200)
     return parser
 
 

@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from .language_options import (
-    above_zero,
     absolute,
     add_text_options,
     cache_of,
     deadline_of,
     devices_of,
     mixture_of,
-    positive,
-    share,
 )
+from .option_types import above_zero, amount, share, whole
 from .terminal import ProgressBar, console
 
 
@@ -29,10 +27,10 @@ def add_distill_options(command: argparse.ArgumentParser) -> None:
         "--text", type=Path, nargs="+", default=[], metavar="TEXT", help="plain text, .xz or .gz"
     )
     command.add_argument(
-        "--layers", type=_number, nargs="+", metavar="N", help="blocks, from 0 (default: all)"
+        "--layers", type=whole(0), nargs="+", metavar="N", help="blocks, from 0 (default: all)"
     )
     command.add_argument(
-        "--heads", type=_number, nargs="+", metavar="N", help="of each, from 0 (default: all)"
+        "--heads", type=whole(0), nargs="+", metavar="N", help="of each, from 0 (default: all)"
     )
     command.add_argument(
         "--restoration",
@@ -46,15 +44,15 @@ def add_distill_options(command: argparse.ArgumentParser) -> None:
         "--control", action="store_true", help="restore nothing: go on training the teacher alike"
     )
     command.add_argument(
-        "--matching", type=_number, default=100, help="steps on layers' outputs (default 100)"
+        "--matching", type=whole(0), default=100, help="steps on layers' outputs (default 100)"
     )
     command.add_argument(
-        "--steps", type=positive, default=400, help="on answers, after these (default 400)"
+        "--steps", type=amount, default=400, help="on answers, after these (default 400)"
     )
     command.add_argument(
         "--task", type=share, default=0.5, help="share of the loss on text itself (default 0.5)"
     )
-    command.add_argument("--batch", type=positive, default=32, help="rows (default 32)")
+    command.add_argument("--batch", type=amount, default=32, help="rows (default 32)")
     command.add_argument(
         "--rate", type=above_zero, default=3e-4, help="learning rate (default 3e-4)"
     )
@@ -133,9 +131,3 @@ def run_distill(request: argparse.Namespace) -> tuple[int, Any]:
 
 def _given(numbers: list[int] | None) -> tuple[int, ...] | None:
     return None if numbers is None else tuple(numbers)
-
-
-def _number(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
-    return int(text)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .option_types import above_zero, amount, share
+
 
 def add_text_options(command: argparse.ArgumentParser) -> None:
     """What text, in which mixture, on how many devices."""
@@ -24,18 +26,18 @@ def add_text_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--cache", type=Path, metavar="FOLDER", help="of tokens, to share (default: in --out)"
     )
-    command.add_argument("--length", type=positive, default=1024, help="of rows (default 1024)")
+    command.add_argument("--length", type=amount, default=1024, help="of rows (default 1024)")
     command.add_argument(
         "--needles", type=share, default=0.4, help="share of rows with needle texts (default 0.4)"
     )
     command.add_argument(
-        "--needle-rows", type=positive, default=16384, help="that are made (default 16384)"
+        "--needle-rows", type=amount, default=16384, help="that are made (default 16384)"
     )
     command.add_argument(
         "--answers", type=above_zero, default=5.0, help="weight of answers' tokens (default 5)"
     )
     command.add_argument(
-        "--devices", type=positive, help="that share a batch (default: all that divide it)"
+        "--devices", type=amount, help="that share a batch (default: all that divide it)"
     )
     command.add_argument("--seed", type=int, default=0, help="of draws (default 0)")
     command.add_argument(
@@ -89,33 +91,3 @@ def devices_of(request: argparse.Namespace, batch: int) -> int:
 
 def deadline_of(request: argparse.Namespace) -> float:
     return math.inf if request.minutes is None else time.perf_counter() + 60 * request.minutes
-
-
-def positive(text: str) -> int:
-    """A whole number from 1; 200M and 64k are understood."""
-    units = {"k": 10**3, "M": 10**6, "G": 10**9}
-    digits, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1)
-    if not digits.isdigit() or int(digits) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
-    return int(digits) * unit
-
-
-def above_zero(text: str) -> float:
-    number = _number(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return number
-
-
-def share(text: str) -> float:
-    number = _number(text)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share, 0 to 1")
-    return number
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan

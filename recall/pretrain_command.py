@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from .language_options import (
-    above_zero,
     absolute,
     add_text_options,
     cache_of,
     deadline_of,
     devices_of,
     mixture_of,
-    positive,
 )
+from .option_types import above_zero, amount
 from .terminal import ProgressBar
 
 _SIZES = {
@@ -36,12 +35,10 @@ def add_pretrain_options(command: argparse.ArgumentParser) -> None:
     add_text_options(command)
     for name, (default, what) in _SIZES.items():
         flag = f"--{name.replace('_', '-')}"
-        command.add_argument(
-            flag, type=positive, default=default, help=f"{what} (default {default})"
-        )
-    command.add_argument("--batch", type=positive, default=64, help="rows (default 64)")
+        command.add_argument(flag, type=amount, default=default, help=f"{what} (default {default})")
+    command.add_argument("--batch", type=amount, default=64, help="rows (default 64)")
     command.add_argument(
-        "--tokens", type=positive, default=200_000_000, help="to read in all (default 200M)"
+        "--tokens", type=amount, default=200_000_000, help="to read in all (default 200M)"
     )
     command.add_argument(
         "--rate", type=above_zero, default=2e-3, help="learning rate (default 2e-3)"

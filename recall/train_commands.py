@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .mesh_sizes import read_sizes
+from .option_types import above_zero, whole
 from .task_options import TASK_NAMES, add_row_options, chosen_rows
 from .terminal import ProgressBar, console
 
@@ -28,21 +29,21 @@ def add_train_options(command: argparse.ArgumentParser) -> None:
         default="small",
         help="small: minutes on two cores (default); zoology: the published protocol",
     )
-    command.add_argument("--d-model", type=_positive, help="width (default 64)")
-    command.add_argument("--heads", type=_positive, help="memories side by side (default 2)")
+    command.add_argument("--d-model", type=whole(1), help="width (default 64)")
+    command.add_argument("--heads", type=whole(1), help="memories side by side (default 2)")
     command.add_argument(
         "--expansion",
-        type=_positive,
+        type=whole(1),
         metavar="N",
         help="values N times as wide as keys, for memories of one size (default: as published)",
     )
     command.add_argument(
-        "--rates", type=_above_zero, nargs="+", metavar="RATE", help="learning rates"
+        "--rates", type=above_zero, nargs="+", metavar="RATE", help="learning rates"
     )
     command.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="of parameters")
-    command.add_argument("--steps", type=_positive, help="small: steps (default 600)")
+    command.add_argument("--steps", type=whole(1), help="small: steps (default 600)")
     command.add_argument(
-        "--batch", type=_positive, help="small: rows (default 64, fewer where they are long)"
+        "--batch", type=whole(1), help="small: rows (default 64, fewer where they are long)"
     )
     _add_minutes(command)
     command.add_argument(
@@ -53,7 +54,7 @@ def add_train_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--processes",
-        type=_positive,
+        type=whole(1),
         default=1,
         metavar="N",
         help="of the run: SLURM's, Kubernetes', or else started on this host (default 1)",
@@ -67,7 +68,7 @@ def add_eval_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--beyond", action="store_true", help="also on rows past what training showed"
     )
-    command.add_argument("--examples", type=_positive, default=256, help="rows (default 256)")
+    command.add_argument("--examples", type=whole(1), default=256, help="rows (default 256)")
 
 
 def add_sweep_options(command: argparse.ArgumentParser) -> None:
@@ -212,7 +213,7 @@ def run_sweep(request: argparse.Namespace) -> tuple[int, Any]:
 def _add_minutes(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--minutes",
-        type=_above_zero,
+        type=above_zero,
         metavar="N",
         help="stop training after so long, with a checkpoint to go on from; testing is not cut",
     )
@@ -254,19 +255,3 @@ def _plan(request: argparse.Namespace) -> Any:
     if plan.d_model % plan.heads:
         raise ModelError(f"`--d-model` is {plan.d_model}, no multiple of `--heads` {plan.heads}.")
     return plan
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
-    return int(text)
-
-
-def _above_zero(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return number
