@@ -35,6 +35,7 @@ from recall.text.corpus import asked_rows
 from recall.text.documents import read_documents
 from recall.text.needles import FORMS, sources_of
 from recall.text.vocabulary import end_token, read_vocabulary
+from recall.time_limit import deadline_of
 
 ARMS: dict[str, dict[str, Any]] = {
     "control": {"control": True},
@@ -57,7 +58,7 @@ def main() -> None:
     request = _parser().parse_args()
     request.cache = str((request.cache or request.out / "tokens").resolve())
     began = time.perf_counter()
-    deadline = math.inf if request.minutes is None else began + 60 * request.minutes
+    deadline = deadline_of(request)
     jax.config.update("jax_compilation_cache_dir", str((request.out / "programs").resolve()))
     known = _Known(request, began)
     teacher = _teacher(request, deadline)

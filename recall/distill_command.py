@@ -1,8 +1,6 @@
 """`mbd distill`: its options, and what it does."""
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +8,13 @@ from .language_options import (
     absolute,
     add_text_options,
     cache_of,
-    deadline_of,
+    carried_out,
     devices_of,
     mixture_of,
 )
 from .option_types import above_zero, amount, share, whole
-from .terminal import ProgressBar, console
+from .terminal import console
+from .time_limit import stopped
 
 
 def add_distill_options(command: argparse.ArgumentParser) -> None:
@@ -109,19 +108,9 @@ def run_distill(request: argparse.Namespace) -> tuple[int, Any]:
         with jax.enable_x64(False):
             begun(plan)  # what cannot be is found before a folder is made
         files.create(asdict(plan))
-    with jax.enable_x64(False), ProgressBar() as bar:
-        found = distill(
-            request.out,
-            plan,
-            devices=devices_of(request, plan.batch),
-            show=bar.show,
-            stage=bar.stage,
-            command=shlex.join(["mbd", *sys.argv[1:]]),
-            deadline=deadline_of(request),
-        )
+    found = carried_out(request, distill, plan)
     if found is None:
-        print(f"stopped with a checkpoint after {request.minutes:g} minutes; --resume goes on")
-        return 0, {"finished": False}
+        return stopped(request)
     console().print(distillation_table(found["metrics"]))
     if found["metrics"]["after"]["inside"]:
         console().print(inside_table(found["metrics"]["after"]["inside"]))

@@ -1,25 +1,22 @@
 """Options that `mbd pretrain` and `mbd distill` share, and how they run."""
 
 import argparse
-import math
-import time
-from collections.abc import Sequence
+import shlex
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .option_types import above_zero, amount, share
+from .terminal import ProgressBar
+from .time_limit import add_minutes, deadline_of
 
 
 def add_text_options(command: argparse.ArgumentParser) -> None:
     """What text, in which mixture, on how many devices."""
     command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the run")
     command.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    command.add_argument(
-        "--minutes",
-        type=above_zero,
-        metavar="N",
-        help="stop training after so long, with a checkpoint to go on from; testing is not cut",
-    )
+    add_minutes(command)
     command.add_argument(
         "--valid", type=Path, nargs="+", default=[], metavar="FILE", help="text that is held out"
     )
@@ -89,5 +86,25 @@ def devices_of(request: argparse.Namespace, batch: int) -> int:
     return request.devices
 
 
-def deadline_of(request: argparse.Namespace) -> float:
-    return math.inf if request.minutes is None else time.perf_counter() + 60 * request.minutes
+def carried_out(
+    request: argparse.Namespace, work: Callable[..., dict[str, Any] | None], plan: Any
+) -> dict[str, Any] | None:
+    """Run a plan with a progress bar: its record, or None where the minutes ran out.
+
+    Args:
+        request: of the command.
+        work: `pretrain` or `distill`.
+        plan: what it is told to do.
+    """
+    import jax
+
+    with jax.enable_x64(False), ProgressBar() as bar:
+        return work(
+            request.out,
+            plan,
+            devices=devices_of(request, plan.batch),
+            show=bar.show,
+            stage=bar.stage,
+            command=shlex.join(["mbd", *sys.argv[1:]]),
+            deadline=deadline_of(request),
+        )

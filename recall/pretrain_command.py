@@ -1,8 +1,6 @@
 """`mbd pretrain`: its options, and what it does."""
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +8,12 @@ from .language_options import (
     absolute,
     add_text_options,
     cache_of,
-    deadline_of,
+    carried_out,
     devices_of,
     mixture_of,
 )
 from .option_types import above_zero, amount
-from .terminal import ProgressBar
+from .time_limit import stopped
 
 _SIZES = {
     "vocabulary": (4096, "tokens, made of the text"),
@@ -49,8 +47,6 @@ def run_pretrain(request: argparse.Namespace) -> tuple[int, Any]:
     """Train a Gated DeltaNet on text, and print what came of it."""
     from dataclasses import asdict
 
-    import jax
-
     from design_models import ModelError
 
     from .language.pretraining import Pretraining, Sizes, pretrain, pretraining_of
@@ -77,19 +73,9 @@ def run_pretrain(request: argparse.Namespace) -> tuple[int, Any]:
         )
         devices_of(request, plan.batch)  # what cannot be is found before a folder is made
         files.create(asdict(plan))
-    with jax.enable_x64(False), ProgressBar() as bar:
-        found = pretrain(
-            request.out,
-            plan,
-            devices=devices_of(request, plan.batch),
-            show=bar.show,
-            stage=bar.stage,
-            command=shlex.join(["mbd", *sys.argv[1:]]),
-            deadline=deadline_of(request),
-        )
+    found = carried_out(request, pretrain, plan)
     if found is None:
-        print(f"stopped with a checkpoint after {request.minutes:g} minutes; --resume goes on")
-        return 0, {"finished": False}
+        return stopped(request)
     told, tested = found["metrics"], found["metrics"]["held_out"]
     print(
         f"{told['parameters']:,} parameters, {told['tokens']:,} tokens at "

@@ -1,10 +1,8 @@
 """`mbd train` and `mbd eval`: their options, and what they do."""
 
 import argparse
-import math
 import shlex
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from .mesh_sizes import read_sizes
 from .option_types import above_zero, whole
 from .task_options import TASK_NAMES, add_row_options, chosen_rows
 from .terminal import ProgressBar, console
+from .time_limit import add_minutes, deadline_of, stopped
 
 
 def add_train_options(command: argparse.ArgumentParser) -> None:
@@ -45,7 +44,7 @@ def add_train_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--batch", type=whole(1), help="small: rows (default 64, fewer where they are long)"
     )
-    _add_minutes(command)
+    add_minutes(command)
     command.add_argument(
         "--mesh",
         type=read_sizes,
@@ -77,7 +76,7 @@ def add_sweep_options(command: argparse.ArgumentParser) -> None:
         "file", type=Path, metavar="FILE.toml", help="layers, widths, rates, seeds"
     )
     command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of all runs")
-    _add_minutes(command)
+    add_minutes(command)
 
 
 def run_train(request: argparse.Namespace) -> tuple[int, Any]:
@@ -153,13 +152,12 @@ def _train(request: argparse.Namespace) -> tuple[int, Any]:
             report=bar.report,
             stage=bar.stage,
             command=shlex.join(["mbd", *sys.argv[1:]]),
-            deadline=_deadline(request),
+            deadline=deadline_of(request),
         )
     if jax.process_index() > 0:
         return 0, None
     if found is None:
-        print(f"stopped with a checkpoint after {request.minutes:g} minutes; --resume goes on")
-        return 0, {"finished": False}
+        return stopped(request)
     console().print(training_table(folder.plan(), found["metrics"]))
     print(f"record and plots: {folder.path}")
     return 0, found
@@ -193,34 +191,21 @@ def run_sweep(request: argparse.Namespace) -> tuple[int, Any]:
     from .training_reports import sweep_table
 
     with jax.enable_x64(False), ProgressBar() as bar:
-        lines, stopped = sweep.run_sweep(
+        lines, unfinished = sweep.run_sweep(
             request.file,
             request.out,
             report=bar.report,
             stage=bar.stage,
-            deadline=_deadline(request),
+            deadline=deadline_of(request),
         )
     if lines:
         console().print(sweep_table(lines))
-    if stopped is not None:
+    if unfinished is not None:
         print(
-            f"stopped with a checkpoint of {stopped} after {request.minutes:g} minutes; the same "
-            "command goes on"
+            f"stopped with a checkpoint of {unfinished} after {request.minutes:g} minutes; the "
+            "same command goes on"
         )
     return 0, [asdict(line) for line in lines]
-
-
-def _add_minutes(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--minutes",
-        type=above_zero,
-        metavar="N",
-        help="stop training after so long, with a checkpoint to go on from; testing is not cut",
-    )
-
-
-def _deadline(request: argparse.Namespace) -> float:
-    return math.inf if request.minutes is None else time.perf_counter() + 60 * request.minutes
 
 
 def _plan(request: argparse.Namespace) -> Any:

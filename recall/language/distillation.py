@@ -143,14 +143,7 @@ def distill(
     words, size = tokenizer.get_vocab_size(), teacher.configuration.vocabulary
     if words > size:
         raise ModelError(f"tokenizer.json has {words} tokens, and the model {size}.")
-    corpus = corpus_at(
-        Path(plan.cache),
-        tokenizer,
-        [Path(text) for text in plan.texts],
-        [Path(text) for text in plan.valid],
-        plan.mixture,
-        stage,
-    )
+    corpus = corpus_at(plan.cache, tokenizer, plan.texts, plan.valid, plan.mixture, stage)
     mesh, steps = mesh_of(devices), plan.matching + plan.steps
     training = started(student.model)
     descent = Descent(plan.rate, plan.dial_rate, steps, max(1, steps // 20))

@@ -145,14 +145,7 @@ def pretrain(
         texts = read_documents([Path(text) for text in plan.texts])
         train_vocabulary(texts, plan.sizes.vocabulary).save(str(vocabulary))
     tokenizer = read_vocabulary(vocabulary)
-    corpus = corpus_at(
-        Path(plan.cache),
-        tokenizer,
-        [Path(text) for text in plan.texts],
-        [Path(text) for text in plan.valid],
-        plan.mixture,
-        stage,
-    )
+    corpus = corpus_at(plan.cache, tokenizer, plan.texts, plan.valid, plan.mixture, stage)
     settings = plan.sizes.settings() | {"bos_token_id": corpus.end, "eos_token_id": corpus.end}
     configuration, mesh = configuration_of(settings), mesh_of(devices)
     training = started(initial_model(configuration, jax.random.key(plan.seed)))

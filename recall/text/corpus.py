@@ -79,10 +79,10 @@ class Corpus:
 
 
 def corpus_at(
-    cache: Path,
+    cache: Path | str,
     tokenizer: Tokenizer,
-    paths: Sequence[Path],
-    valid: Sequence[Path],
+    texts: Sequence[Path | str],
+    held_out: Sequence[Path | str],
     mixture: Mixture,
     stage: Callable[[str], None] = lambda name: None,
 ) -> Corpus:
@@ -91,14 +91,15 @@ def corpus_at(
     Args:
         cache: a folder; each corpus has one of its own in it.
         tokenizer: of the model.
-        paths: text files to train on.
-        valid: text files that are held out; the last hundredth of the prose where there are none.
+        texts: files to train on.
+        held_out: files that are held out; the last hundredth of the prose where there are none.
         mixture: what training shows.
         stage: told what is being done.
 
     Raises:
         ModelError: text cannot be read, or is shorter than two rows.
     """
+    paths, valid = ([Path(text) for text in files] for files in (texts, held_out))
     named = {
         "tokenizer": hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
         "texts": [[str(path.resolve()), path.stat().st_size] for path in (*paths, *valid)],
@@ -106,7 +107,7 @@ def corpus_at(
         **asdict(mixture),
     }
     name = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
-    file, end = cache / name / "corpus.npz", end_token(tokenizer)
+    file, end = Path(cache) / name / "corpus.npz", end_token(tokenizer)
     if not file.is_file():
         stage("making tokens of the text")
         found = _made(tokenizer, paths, valid, mixture)
