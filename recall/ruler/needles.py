@@ -15,25 +15,13 @@ from typing import Literal
 
 import numpy as np
 
+from recall.text.wording import NEEDLE, NOISE, prompt
+
 from .samples import Room, Sample, fitting, largest
 from .words import adjectives_with_nouns
 
 Kind = Literal["words", "numbers", "uuids"]
 
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-_NEEDLE = "One of the special magic {kind} for {key} is: {value}."
-_ONE = (
-    "A special magic {kind} is hidden within the following text. Make sure to memorize it. "
-    "I will quiz you about the {kind} afterwards.\n{context}\n"
-    "What is the special magic {kind} for {query} mentioned in the provided text?"
-    " The special magic {kind} for {query} mentioned in the provided text is"
-)
-_SEVERAL = (
-    "Some special magic {kind} are hidden within the following text. Make sure to memorize it. "
-    "I will quiz you about the {kind} afterwards.\n{context}\n"
-    "What are all the special magic {kind} for {query} mentioned in the provided text?"
-    " The special magic {kind} for {query} mentioned in the provided text are"
-)
 _DEPTHS = np.round(np.linspace(0, 100, num=40)).astype(int).tolist()
 _SENTENCE_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["')]))\s+(?=["'(]*[A-Z0-9])""")
 
@@ -100,14 +88,12 @@ class Needles:
         else:
             context = self._among_lines(needles, size, rng)
         chosen = rng.sample(range(self.hidden), self.asked)
-        asked = [keys[place] for place in chosen]
-        query = asked[0] if len(asked) == 1 else f"{', '.join(asked[:-1])}, and {asked[-1]}"
         answers = tuple(value for place in chosen for value in values[place])
-        text, kind = (_ONE, self.values[:-1]) if len(answers) == 1 else (_SEVERAL, self.values)
-        return Sample(text.format(kind=kind, context=context, query=query), answers)
+        asked = [keys[place] for place in chosen]
+        return Sample(prompt(self.values, context, asked, len(answers)), answers)
 
     def _needle(self, key: str, value: str) -> str:
-        return _NEEDLE.format(kind=self.values, key=key, value=value)
+        return NEEDLE.format(kind=self.values, key=key, value=value)
 
     def _among_lines(self, needles: Sequence[str], size: int, rng: random.Random) -> str:
         if self.haystack == "noise":

@@ -13,7 +13,8 @@ from string import ascii_uppercase
 
 import numpy as np
 
-from .needles import NOISE
+from recall.text.wording import NOISE
+
 from .samples import Room, Sample, fitting, largest
 
 _TEXT = (

@@ -11,17 +11,9 @@ from typing import Literal
 
 import numpy as np
 
-Kind = Literal["numbers", "uuids", "words"]
+from .wording import NEEDLE, NOISE, prompt
 
-_SENTENCES = (
-    "The grass is green.",
-    "The sky is blue.",
-    "The sun is yellow.",
-    "Here we go.",
-    "There and back again.",
-)
-NOISE = " ".join(_SENTENCES)
-_NEEDLE = "One of the special magic {kind} for {key} is: {value}."
+Kind = Literal["numbers", "uuids", "words"]
 
 
 @dataclass(frozen=True)
@@ -104,21 +96,21 @@ def needle_text(
     """
     hidden = max(form.hidden, form.asked)
     if form.haystack == "needles":
-        line = 12 + len(_NEEDLE) + (36 if form.keys == "uuids" else 0)
+        line = 12 + len(NEEDLE) + (36 if form.keys == "uuids" else 0)
         line += 25 if form.values == "uuids" else 0
         hidden = max(2, (characters - 300) // line)
     keys = list(dict.fromkeys(_drawn(form.keys, sources, rng) for _ in range(2 * hidden)))[:hidden]
     values = [[_drawn(form.values, sources, rng) for _ in range(form.each)] for _ in keys]
     needles = [
-        _NEEDLE.format(kind=form.values, key=key, value=value)
+        NEEDLE.format(kind=form.values, key=key, value=value)
         for key, own in zip(keys, values, strict=True)
         for value in own
     ]
     chosen = [int(place) for place in rng.permutation(len(keys))[: form.asked]]
     context = _context(form, needles, sources, characters, rng)
-    query = _listed([keys[place] for place in chosen])
     said = [value for place in chosen for value in values[place]]
-    return _asked(form, context, query, said)
+    asked = [keys[place] for place in chosen]
+    return NeedleText(prompt(form.values, context, asked, len(said)), f" {', '.join(said)}.")
 
 
 def _context(
@@ -144,27 +136,6 @@ def _sentences(prose: Sequence[str], room: int, rng: np.random.Generator) -> lis
     words = " ".join(document[start : start + room].split())
     sentences = words.replace("? ", "?\0").replace("! ", "!\0").replace(". ", ".\0").split("\0")
     return sentences[1:] if len(sentences) > 1 else sentences
-
-
-def _asked(form: Form, context: str, query: str, said: list[str]) -> NeedleText:
-    if len(said) == 1:
-        kind = form.values[:-1]
-        opening = f"A special magic {kind} is hidden within the following text."
-        question = f"What is the special magic {kind} for {query} mentioned in the provided text?"
-        lead = f"The special magic {kind} for {query} mentioned in the provided text is"
-    else:
-        kind = form.values
-        opening = f"Some special magic {kind} are hidden within the following text."
-        question = (
-            f"What are all the special magic {kind} for {query} mentioned in the provided text?"
-        )
-        lead = f"The special magic {kind} for {query} mentioned in the provided text are"
-    advice = f"Make sure to memorize it. I will quiz you about the {kind} afterwards."
-    return NeedleText(f"{opening} {advice}\n{context}\n{question} {lead}", f" {', '.join(said)}.")
-
-
-def _listed(keys: list[str]) -> str:
-    return keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])}, and {keys[-1]}"
 
 
 def _drawn(kind: Kind, sources: Sources, rng: np.random.Generator) -> str:
