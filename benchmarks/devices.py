@@ -36,7 +36,7 @@ from layers.communication import Traffic, counted, predicted
 from layers.elements import Element, apply, combine
 from layers.rules import Exact
 from layers.sharded import DATA, GATHERED, HEADS, SEQUENCE, element_of, split_axis
-from recall.records import record, write_json
+from recall.records import keeper
 
 from .kernels import Shape, streams
 
@@ -275,13 +275,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     config = LARGE if jax.default_backend() == "gpu" else SMALL
-    start, command = time.perf_counter(), f"python -m benchmarks.devices --json {given.json.name}"
+    command = f"python -m benchmarks.devices --json {given.json.name}"
+
+    write = keeper(given.json, asdict(config), command=command, seed=given.seed)
 
     def keep(metrics: dict[str, Any]) -> None:
         print(next(part[-1] for part in reversed(metrics.values()) if part), flush=True)
-        seconds = time.perf_counter() - start
-        whole = record(asdict(config), metrics, command=command, seed=given.seed, seconds=seconds)
-        write_json(given.json, whole)
+        write(metrics)
 
     run(config, given.seed, keep)
 

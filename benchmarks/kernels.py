@@ -23,7 +23,7 @@ from jaxtyping import Array
 
 from layers import Restored, Stream, filter_scan
 from layers.rules import Exact
-from recall.records import record, write_json
+from recall.records import keeper
 
 OURS, XLA = "exact filter, kernels", "exact filter, XLA"
 RESTORED, PER_KEY = "restored filter, kernels", "exact filter, rates per key, kernels"
@@ -228,14 +228,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, required=True, help="where the record goes")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
-    config, start = Config(), time.perf_counter()
+    config = Config()
     command = f"python -m benchmarks.kernels --json {given.json.name} --seed {given.seed}"
+
+    write = keeper(given.json, asdict(config), command=command, seed=given.seed)
 
     def keep(metrics: dict[str, Any]) -> None:
         print(next(part[-1] for part in reversed(metrics.values()) if part), flush=True)
-        seconds = time.perf_counter() - start
-        whole = record(asdict(config), metrics, command=command, seed=given.seed, seconds=seconds)
-        write_json(given.json, whole)
+        write(metrics)
 
     run(config, given.seed, keep)
 

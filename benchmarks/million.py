@@ -32,7 +32,7 @@ from scipy import stats
 
 from layers import BayesianLayer, Belief, Stream, filter_scan, sharded_scan
 from layers.sharded import DATA, HEADS, SEQUENCE
-from recall.records import record, write_json
+from recall.records import keeper
 
 TIME, STRETCHES = 2**20, 16
 
@@ -260,16 +260,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--time", type=int, default=TIME, help=f"tokens (default {TIME})")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
-    config, start = Config(given.time, given.width, given.heads), time.perf_counter()
+    config = Config(given.time, given.width, given.heads)
     words = f"--width {given.width} --heads {given.heads} --time {given.time} --seed {given.seed}"
     command = f"python -m benchmarks.million {words} --json {given.json.name}"
+
+    write = keeper(given.json, asdict(config), command=command, seed=given.seed)
 
     def keep(metrics: dict[str, Any]) -> None:
         name, found = list(metrics.items())[-1]
         print(name, found[-1] if isinstance(found, list) else found, flush=True)
-        seconds = time.perf_counter() - start
-        whole = record(asdict(config), metrics, command=command, seed=given.seed, seconds=seconds)
-        write_json(given.json, whole)
+        write(metrics)
 
     run(config, given.seed, keep)
 

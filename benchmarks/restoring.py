@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from recall.language.training import mesh_of
 from recall.language_options import absolute, add_text_options, devices_of, mixture_of
 from recall.option_types import amount
 from recall.records import record, write_json
+from recall.ruler.scores import interval
 from recall.text.corpus import asked_rows
 from recall.text.documents import read_documents
 from recall.text.needles import FORMS, sources_of
@@ -72,7 +73,7 @@ def main() -> None:
                     return _stopped("the distillations")
                 name = f"{arm}-{rate:g}-{seed}"
                 plan = _distillation(request, arm, rate, seed)
-                found = _finished(request, name, plan, deadline)
+                found = _finished(request, name, distill, plan, deadline)
                 files = RunFiles(request.out / name)
                 if found is None or not known.add(name, found, files, arm, rate, seed):
                     return _stopped(name)
@@ -86,7 +87,6 @@ def _stopped(what: str) -> None:
 
 
 def _teacher(request: argparse.Namespace, deadline: float) -> dict[str, Any] | None:
-    files = RunFiles(request.out / "teacher")
     plan = Pretraining(
         absolute(request.text),
         absolute(request.valid),
@@ -106,19 +106,7 @@ def _teacher(request: argparse.Namespace, deadline: float) -> dict[str, Any] | N
         answers=request.answers,
         compute="float32" if request.float32 else "bfloat16",
     )
-    if files.record.is_file():
-        return files.read_record()
-    if not files.plan.is_file():
-        files.create(asdict(plan))
-    return pretrain(
-        files.path,
-        plan,
-        devices=devices_of(request, plan.batch),
-        show=_show("teacher"),
-        stage=_stage("teacher"),
-        command=_command(request),
-        deadline=deadline,
-    )
+    return _finished(request, "teacher", pretrain, plan, deadline)
 
 
 def _distillation(request: argparse.Namespace, arm: str, rate: float, seed: int) -> Distillation:
@@ -144,14 +132,19 @@ def _distillation(request: argparse.Namespace, arm: str, rate: float, seed: int)
 
 
 def _finished(
-    request: argparse.Namespace, name: str, plan: Distillation, deadline: float
+    request: argparse.Namespace,
+    name: str,
+    work: Callable[..., dict[str, Any] | None],
+    plan: Pretraining | Distillation,
+    deadline: float,
 ) -> dict[str, Any] | None:
+    """The record of a run, begun or gone on with where it is not finished."""
     files = RunFiles(request.out / name)
-    if files.record.is_file():
-        return files.read_record()
-    if not files.plan.is_file():
-        files.create(asdict(plan))
-    return distill(
+    if files.record_file.is_file():
+        return files.record()
+    if not files.plan_file.is_file():
+        files.create_folder(asdict(plan))
+    return work(
         files.path,
         plan,
         devices=devices_of(request, plan.batch),
@@ -282,7 +275,7 @@ class _Known:
             _stage(name)(f"asking in rows of {length}")
             for form in request.forms:
                 right = score(model, self.asked[form][length])
-                low, high = _interval(right)
+                low, high = interval(float(right.mean()), len(right))
                 found.setdefault(form, {})[str(length)] = {
                     "found": float(right.mean()),
                     "low": low,
@@ -292,12 +285,6 @@ class _Known:
         longest = max(request.ask_lengths)
         looked = self.asked[request.forms[0]][longest][:4]
         return {"retrieval": found, "inside_longest": inside(model, looked, end, compute)}
-
-
-def _interval(right: np.ndarray) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
-    found = stats.binomtest(round(float(right.sum())), len(right)).proportion_ci(method="wilson")
-    return float(found.low), float(found.high)
 
 
 def _over_seeds(values: Sequence[float]) -> dict[str, Any]:

@@ -8,13 +8,12 @@ form's own error is what is left.
 """
 
 import statistics
-import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from recall.records import record, write_json
+from recall.records import keeper
 from tests.retrieval_grid import REGIMES, Comparison, compare
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -81,16 +80,14 @@ def run(config: Config) -> dict[str, Any]:
 
 def main() -> None:
     """Write results/retrieval.json."""
-    config, start = Config(), time.perf_counter()
-    metrics = run(config)
-    found = record(
+    config = Config()
+    keep = keeper(
+        RESULTS / "retrieval.json",
         asdict(config),
-        metrics,
         command="python -m benchmarks.retrieval",
         seed=config.seed,
-        seconds=time.perf_counter() - start,
     )
-    write_json(RESULTS / "retrieval.json", found)
+    keep(run(config))
 
 
 if __name__ == "__main__":

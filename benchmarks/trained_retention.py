@@ -9,7 +9,6 @@ pair after N more, up to many more than training showed, is set beside three pre
 value see three pairs before their own, and without these, where a write is one pair's.
 """
 
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from layers.sources import Projected
 from recall.courses import Course, Segment
 from recall.layers_by_name import mixer_maker
 from recall.plans import Plan
-from recall.records import record, write_json
+from recall.records import keeper
 from recall.tasks.associative import AssociativeRecall, draw
 from recall.trained import Carried, carried, effective, written
 from recall.training import start, train
@@ -81,7 +80,7 @@ def one(layer: str, config: Config, convolved: bool) -> dict[str, Any]:
     )
     asked, _ = draw(AssociativeRecall(pairs=max(config.more) + 1), config.rows, 10**6)
     found = {"training_accuracy": float(np.mean(told[-50:]))}
-    mixer, given = written(_first(runs.models), asked, max(config.more) + 1)
+    mixer, given = written(runs.first, asked, max(config.more) + 1)
     found["heads"] = [
         {"effective": asdict(settings), "retention": asdict(curve)} | shares(curve)
         for settings, curve in zip(
@@ -117,23 +116,16 @@ def unconvolved(mixer: Any) -> Any:
     return jax.tree.map(alone, mixer, is_leaf=lambda node: isinstance(node, Projected))
 
 
-def _first(models: Any) -> Any:
-    arrays, rest = eqx.partition(models, eqx.is_array)
-    return eqx.combine(jax.tree.map(lambda leaf: leaf[0], arrays), rest)
-
-
 def main() -> None:
     """Write results/retrieval_trained.json."""
-    config, start_time = Config(), time.perf_counter()
-    metrics = run(config)
-    found = record(
+    config = Config()
+    keep = keeper(
+        RESULTS / "retrieval_trained.json",
         asdict(config),
-        metrics,
         command="python -m benchmarks.trained_retention",
         seed=config.seed,
-        seconds=time.perf_counter() - start_time,
     )
-    write_json(RESULTS / "retrieval_trained.json", found)
+    keep(run(config))
 
 
 if __name__ == "__main__":

@@ -107,14 +107,14 @@ def run_distill(request: argparse.Namespace) -> tuple[int, Any]:
         devices_of(request, plan.batch)
         with jax.enable_x64(False):
             begun(plan)  # what cannot be is found before a folder is made
-        files.create(asdict(plan))
+        files.create_folder(asdict(plan))
     found = carried_out(request, distill, plan)
     if found is None:
         return stopped(request)
     console().print(distillation_table(found["metrics"]))
     if found["metrics"]["after"]["inside"]:
         console().print(inside_table(found["metrics"]["after"]["inside"]))
-    print(f"student: {files.model}; record: {files.record}")
+    print(f"student: {files.model}; record: {files.record_file}")
     return 0, found
 
 

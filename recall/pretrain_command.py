@@ -72,7 +72,7 @@ def run_pretrain(request: argparse.Namespace) -> tuple[int, Any]:
             compute="float32" if request.float32 else "bfloat16",
         )
         devices_of(request, plan.batch)  # what cannot be is found before a folder is made
-        files.create(asdict(plan))
+        files.create_folder(asdict(plan))
     found = carried_out(request, pretrain, plan)
     if found is None:
         return stopped(request)
@@ -82,5 +82,5 @@ def run_pretrain(request: argparse.Namespace) -> tuple[int, Any]:
         f"{told['tokens_per_second']:,.0f} a second; held out: perplexity "
         f"{tested['perplexity']:.2f}, needles found {tested['retrieved']:.1%}"
     )
-    print(f"model: {files.model}; record: {files.record}")
+    print(f"model: {files.model}; record: {files.record_file}")
     return 0, found

@@ -4,7 +4,8 @@ import json
 import math
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,26 @@ def record(
         "seconds": round(seconds, 1),
         "metrics": metrics,
     }
+
+
+def keeper(
+    path: Path, config: Mapping[str, Any], *, command: str, seed: int | Sequence[int]
+) -> Callable[[Any], None]:
+    """What writes a record of all metrics known so far, each time in place of the last.
+
+    Args:
+        path: of the record.
+        config: as for `record`, like the rest; seconds count from here.
+        command: the command that makes this record again.
+        seed: the seed, or all of them.
+    """
+    began = time.perf_counter()
+
+    def keep(metrics: Any) -> None:
+        seconds = time.perf_counter() - began
+        write_json(path, record(config, metrics, command=command, seed=seed, seconds=seconds))
+
+    return keep
 
 
 def commit() -> dict[str, Any]:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
-import equinox as eqx
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -94,7 +93,7 @@ def finish(
     runs = gathered(runs, mesh)
     metrics = {
         "runs": [{"rate": rate, "seed": seed} for rate, seed in plan.runs],
-        "parameters": parameter_count(_first(runs.models)),
+        "parameters": parameter_count(runs.first),
         "validation": _scores(runs.models, plan, _seeds(VALIDATION_SEED, plan)),
         "test": _scores(runs.models, plan, _test_seeds(plan)),
         "tokens_per_second": tokens / timed if timed else 0.0,
@@ -167,11 +166,6 @@ def _scores(models: RecallModel, plan: Plan, seeds: list[int]) -> dict[str, list
         asked = held_out(rows, plan.test_examples, seed, plan.course.filler)
         found[name] = [asdict(score) for score in evaluate(models, asked)]
     return found
-
-
-def _first(models: RecallModel) -> RecallModel:
-    arrays, rest = eqx.partition(models, eqx.is_array)
-    return eqx.combine(jax.tree.map(lambda leaf: leaf[0], arrays), rest)
 
 
 class _Meter:

@@ -5,16 +5,15 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from design_models import ModelError
 
+from .kept_run import KeptRun
 from .pieces import read_pieces, write_pieces
 from .plans import Plan, as_data, from_data
 from .processes import wait_for_all
-from .records import write_json
 from .training import Runs
 
 History = dict[str, list[list[float]]]
@@ -23,23 +22,13 @@ tokens and seconds of its steps but the first."""
 
 
 @dataclass(frozen=True)
-class RunFolder:
-    """The files of a run."""
-
-    path: Path
-
-    @property
-    def plan_file(self) -> Path:
-        return self.path / "plan.json"
+class RunFolder(KeptRun):
+    """The files of a training run."""
 
     @property
     def checkpoint_file(self) -> Path:
         """Says which folder of arrays is the last whole one, and the history before it."""
         return self.path / "checkpoint.json"
-
-    @property
-    def record_file(self) -> Path:
-        return self.path / "record.json"
 
     def create(self, plan: Plan) -> None:
         """Make the folder of a new run.
@@ -47,16 +36,7 @@ class RunFolder:
         Raises:
             ModelError: it holds a run already, or cannot be made.
         """
-        if self.plan_file.exists():
-            raise ModelError(
-                f"`--out` is {self.path}, which holds a run; add --resume to go on with it, or "
-                "name another folder."
-            )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.plan_file, as_data(plan))
-        except OSError as error:
-            raise ModelError(f"`--out` is {self.path}: {error.strerror}.") from error
+        self.create_folder(as_data(plan))
 
     def plan(self) -> Plan:
         """The run's plan.
@@ -73,12 +53,6 @@ class RunFolder:
             return from_data(json.loads(self.plan_file.read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError) as error:
             raise ModelError(f"{self.plan_file} is no plan of this version: {error}.") from error
-
-    def record(self) -> dict[str, Any] | None:
-        """The record of a run that is finished."""
-        if not self.record_file.is_file():
-            return None
-        return json.loads(self.record_file.read_text(encoding="utf-8"))
 
     def save(self, runs: Runs, step: int, history: History) -> None:
         """Write a checkpoint in place of the last one; a kill leaves one of the two whole.

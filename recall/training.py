@@ -34,6 +34,12 @@ class Runs(eqx.Module):
     models: RecallModel
     optimiser: Any
 
+    @property
+    def first(self) -> RecallModel:
+        """The model of the first run."""
+        arrays, rest = eqx.partition(self.models, eqx.is_array)
+        return eqx.combine(jax.tree.map(lambda leaf: leaf[0], arrays), rest)
+
 
 def start(plan: Plan, make_mixer: MakeMixer) -> Runs:
     """Initial parameters of every run."""

@@ -26,8 +26,6 @@ def training_table(plan: Plan, metrics: Mapping[str, Any]) -> Table:
 def beyond_table(plan: Plan, scores: Mapping[str, Sequence[Mapping[str, float]]]) -> Table:
     """Accuracy, calibration and abstention of every run, kind of rows by kind of rows."""
     table = Table(title=f"{plan.task}: {plan.layer}", title_justify="left")
-    for heading in ("rows", "rate", "seed"):
-        table.add_column(heading)
     headings = {
         "accuracy": "accuracy",
         "calibration_error": "calibration error",
@@ -35,8 +33,7 @@ def beyond_table(plan: Plan, scores: Mapping[str, Sequence[Mapping[str, float]]]
         "entropy_auroc": "AUROC of entropy",
         "variance_auroc": "AUROC of variance",
     }
-    for heading in headings.values():
-        table.add_column(heading, justify="right")
+    _add_columns(table, headings)
     for rows, found in scores.items():
         for score, (rate, seed) in zip(found, plan.runs, strict=True):
             cells = (
@@ -56,8 +53,6 @@ def honesty_table(plan: Plan, scores: Mapping[str, Sequence[Mapping[str, Any]]])
         "memory. Log score: in nats, the larger the better; CRPS: the smaller the better.",
         caption_justify="left",
     )
-    for heading in ("rows", "rate", "seed"):
-        table.add_column(heading)
     headings = {
         "coverage": "coverage of 0.9",
         "error_ratio": "error / stated",
@@ -66,8 +61,7 @@ def honesty_table(plan: Plan, scores: Mapping[str, Sequence[Mapping[str, Any]]])
         "log_score": "log score",
         "crps": "CRPS",
     }
-    for heading in headings.values():
-        table.add_column(heading, justify="right")
+    _add_columns(table, headings)
     for rows, found in scores.items():
         for score, (rate, seed) in zip(found, plan.runs, strict=True):
             if score["memory"] is not None:
@@ -92,3 +86,11 @@ def sweep_table(lines: Sequence[Line]) -> Table:
             f"{line.tokens_per_second:,.0f}",
         )
     return table
+
+
+def _add_columns(table: Table, headings: Mapping[str, str]) -> None:
+    """Which run and rows a line is about, then its numbers."""
+    for heading in ("rows", "rate", "seed"):
+        table.add_column(heading)
+    for heading in headings.values():
+        table.add_column(heading, justify="right")

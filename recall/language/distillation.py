@@ -189,5 +189,5 @@ def distill(
     found = record(
         asdict(plan), metrics, command=command, seed=plan.seed, seconds=time.perf_counter() - began
     )
-    write_json(files.record, found)
+    write_json(files.record_file, found)
     return found
