@@ -12,6 +12,8 @@ import io
 import os
 import sys
 import time
+from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +58,24 @@ def rendered(notebook: Any, name: str) -> tuple[str, dict[str, bytes]]:
             parts.append(cell.source.replace("](../", "](../../"))
             continue
         parts.append(f"```python\n{cell.source}\n```")
-        for output in cell.outputs:
-            if output.output_type == "stream":
-                if output.name == "stderr":
-                    raise SystemExit(f"{name}: a cell wrote to stderr: {output.text}")
-                parts.append(f"```text\n{output.text.rstrip()}\n```")
-            elif "image/png" in output.get("data", {}):
-                file = f"{name}_{len(figures) + 1}.png"
-                figures[file] = smaller(base64.b64decode(output.data["image/png"]))
-                parts.append(f"![figure {len(figures)}]({file})")
+        for kind, outputs in groupby(cell.outputs, key=lambda output: output.output_type):
+            if kind == "stream":  # a kernel sends what is printed in pieces, as it likes
+                parts.append(f"```text\n{_printed(name, outputs).rstrip()}\n```")
+                continue
+            for output in outputs:
+                if "image/png" in output.get("data", {}):
+                    file = f"{name}_{len(figures) + 1}.png"
+                    figures[file] = smaller(base64.b64decode(output.data["image/png"]))
+                    parts.append(f"![figure {len(figures)}]({file})")
     return "\n\n".join(parts) + "\n", figures
+
+
+def _printed(name: str, outputs: Iterable[Any]) -> str:
+    pieces = list(outputs)
+    for piece in pieces:
+        if piece.name == "stderr":
+            raise SystemExit(f"{name}: a cell wrote to stderr: {piece.text}")
+    return "".join(piece.text for piece in pieces)
 
 
 def smaller(picture: bytes) -> bytes:
