@@ -4,13 +4,16 @@
 
 Inputs are bfloat16. Times are medians over batches of calls, of which each waits for the last
 alone, so that launches are not counted. Errors are of two heads, relative by the norm of each
-array, to the filter token by token in float64 of the same rounded inputs. `jax-linear-attention`
-is timed where it is installed.
+array, to the filter token by token in float64 of the same rounded inputs. Peers are timed where they
+are installed: `jax-linear-attention`, and flash-linear-attention (`fla-core`) by `torch_peers`.
 """
 
 import argparse
 import importlib.util
+import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -194,6 +197,14 @@ def accuracy(shape: Shape, label: str, dtype: str, config: Config, seed: int) ->
         )
 
 
+def torch_peers(shapes: Sequence[Shape]) -> list[dict[str, Any]]:
+    """Timings by `benchmarks.torch_peers`, in a process of its own on the same GPU."""
+    words = (",".join(map(str, asdict(shape).values())) for shape in shapes)
+    command = [sys.executable, "-m", "benchmarks.torch_peers", *words]
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
+
+
 def _error(found: Array, expected: Array) -> float:
     difference = jnp.linalg.norm(found.astype("float64") - expected)
     return float(difference / jnp.linalg.norm(expected))
@@ -208,6 +219,9 @@ def run(config: Config, seed: int, progress: Callable[[dict[str, Any]], None]) -
         for label, function in contenders(shape, config).items():
             timings.append(asdict(timed(shape, label, function, stream, config)))
             progress({"timings": timings, "errors": errors})
+    if importlib.util.find_spec("fla") is not None:
+        timings += torch_peers(config.shapes)
+        progress({"timings": timings, "errors": errors})
     first, second, wide = config.shapes
     cases = (
         (first, OURS, "bfloat16"),
