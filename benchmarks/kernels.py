@@ -4,8 +4,8 @@
 
 Inputs are bfloat16. Times are medians over batches of calls, of which each waits for the last
 alone, so that launches are not counted. Errors are of two heads, relative by the norm of each
-array, to the filter token by token in float64 of the same rounded inputs. Peers are timed where they
-are installed: `jax-linear-attention`, and flash-linear-attention (`fla-core`) by `torch_peers`.
+array, to the filter token by token in float64 of the same rounded inputs. Peers are timed where
+installed: `jax-linear-attention`, and flash-linear-attention (`fla-core`) by `torch_peers`.
 """
 
 import argparse
