@@ -53,6 +53,8 @@ from .sweep import sweep
 FEWEST = 3
 """Segments from which cutting pays."""
 ROOT_NOISE = 1e-5
+LEAST_INFORMATION = 1e-30
+"""Below it information is none: its entries near the smallest numbers are no definite matrix."""
 
 States = Float[Array, "row key key"]
 PerSegment = Float[Array, "row segment key key"]
@@ -164,7 +166,8 @@ def starts(
 def roots(information: States, interpret: bool = False) -> States:
     """R with RᵀR = J, of a positive semi-definite J that rounding may have made less."""
     information = _symmetric(information)
-    deviation = jnp.sqrt(jnp.maximum(jnp.diagonal(information, axis1=1, axis2=2), 0))
+    variance = jnp.diagonal(information, axis1=1, axis2=2)
+    deviation = jnp.sqrt(jnp.where(variance < LEAST_INFORMATION, 0, variance))
     scale = jnp.where(deviation > 0, 1 / jnp.where(deviation > 0, deviation, 1), 0)
     scaled = information * scale[:, :, None] * scale[:, None, :]
     rows = len(information)
