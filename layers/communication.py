@@ -13,8 +13,8 @@ import math
 import re
 from dataclasses import dataclass
 
+from .exchange import GATHERED
 from .rules import Additive, Exact, Reset, Rule
-from .sharded import GATHERED
 
 _BYTES = {"f64": 8, "f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1}
 _COLLECTIVE = re.compile(

@@ -1,19 +1,18 @@
 """The exact filter of one head by kernels, with gradients; heads are mapped onto programs."""
 
-from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float
 
 from . import reverse, segments, wide
 from .blocks import kept_sums, kept_within, rates, ratios_within, sums
 from .forward import CHUNK, WIDTH, filter_blocks, split
 from .restored import of_kept as cotangent_of_kept
+from .rows import over_rows
 
 _LASTS, _FIRSTS = ("last_covariance", "last_mean"), ("first_covariance", "first_mean")
 _KEPT = ("whitened", "inverse_deviation", "covariances", "means", "loops")
@@ -56,41 +55,6 @@ class Filtered(NamedTuple):
     log_evidence: Float[Array, " time"]
     last_covariance: Float[Array, "key key"]
     last_mean: Float[Array, "value key"]
-
-
-def over_rows(function: Callable[..., Any], of: int | None = None) -> Callable[..., Any]:
-    """A function of arrays with a leading row axis, for one row; `vmap` makes more rows of it.
-
-    Args:
-        function: takes a number of rows, then arrays. Its results' shapes, but for the leading
-            axis, may not depend on the number: a program is traced for one row, then mapped.
-        of: which argument's rows are counted, those that differ; all rows where left out.
-    """
-
-    def counted(count: int) -> Callable[..., Any]:
-        @custom_vmap
-        def rows(*arrays):
-            return function(len(arrays[0]) if of is None else count, *arrays)
-
-        @rows.def_vmap
-        def _(size, batched, *arrays):  # pyright: ignore[reportUnusedFunction]
-            def merge(array, mapped):
-                if not mapped:
-                    array = jnp.broadcast_to(array, (size, *array.shape))
-                return array.reshape(-1, *array.shape[2:])
-
-            more = counted(count * size if of is None or batched[of] else count)
-            out = more(*map(merge, arrays, batched))
-            split = jax.tree.map(lambda array: array.reshape(size, -1, *array.shape[1:]), out)
-            return split, jax.tree.map(lambda _: True, split)
-
-        return rows
-
-    def one(*arrays):
-        found = counted(1)(*(array[None] for array in arrays))
-        return jax.tree.map(lambda array: array[0], found)
-
-    return one
 
 
 def filter_head(
