@@ -34,6 +34,7 @@ segment's place in the joining 50. So rows × S is at most one wave of programs,
 for N chunks. S divides N, which `padded` makes easy; from 3 segments on it pays.
 """
 
+from collections.abc import Callable
 from functools import partial
 from math import isqrt
 from typing import Any, NamedTuple
@@ -58,13 +59,23 @@ LEAST_INFORMATION = 1e-30
 
 States = Float[Array, "row key key"]
 PerSegment = Float[Array, "row segment key key"]
+Squares = Float[Array, "*row key key"]
 
 
 class Loops(NamedTuple):
     """How a segment passes on a small change of the belief that enters it."""
 
-    closed: PerSegment  # Ψ
-    crossed: PerSegment  # Λ
+    closed: Squares  # Ψ
+    crossed: Squares  # Λ
+
+
+class Passage(NamedTuple):
+    """What a segment makes of a belief that enters it."""
+
+    covariance: States
+    mean: States
+    loops: Loops
+    told: States  # ŵ, whose products ŵᵀŵ are (I + J P)⁻¹ J
 
 
 def padded(time: int) -> int:
@@ -123,23 +134,45 @@ def starts(
         segments: how many.
         interpret: whether kernels are simulated on a CPU.
     """
+    found = of_segments(key, value, given, segments, interpret=interpret)
+    found = jax.tree.map(lambda part: jnp.moveaxis(part[:, :-1], 1, 0), found)
+    root = roots(found.information, interpret)
+    through = passing(len(covariance), interpret)
+
+    def step(belief: tuple[States, States], moment: tuple[Element, States]):
+        passed = through(*moment, *belief)
+        after = passed.covariance, passed.mean
+        return after, (*after, passed.loops)
+
+    _, (covariances, means, loops) = lax.scan(step, (covariance, mean), (found, root))
+
+    def by_row(first: States, rest: Array) -> PerSegment:
+        return jnp.moveaxis(jnp.concatenate([first[None], rest]), 0, 1)
+
+    loops = jax.tree.map(lambda part: jnp.moveaxis(part, 0, 1), loops)
+    return by_row(covariance, covariances), by_row(mean, means), loops
+
+
+def of_segments(
+    key: Float[Array, "row time key"],
+    value: Float[Array, "row time value"],
+    given: Rates,
+    segments: int,
+    *,
+    interpret: bool = False,
+) -> Element:
+    """The element of each segment, (row, segment, key, key)."""
     parts = jax.tree.map(partial(cut, segments=segments), given)
     found = elements(cut(key, segments), cut(value, segments), parts, interpret=interpret)
+    return jax.tree.map(lambda part: part.reshape(-1, segments, *part.shape[1:]), found)
 
-    def by_segment(array: Array) -> Array:
-        by_row = array.reshape(-1, segments, *array.shape[1:])
-        return jnp.moveaxis(by_row[:, :-1], 1, 0)
 
-    found = jax.tree.map(by_segment, found)
-    information = found.information
-    root = roots(information.reshape(-1, WIDTH, WIDTH), interpret).reshape(information.shape)
-    rows = len(covariance)
+def passing(rows: int, interpret: bool = False) -> Callable[..., Passage]:
+    """What passes so many beliefs through as many segments: of elements, roots of their J, P, M."""
     unit = jnp.broadcast_to(jnp.eye(WIDTH), (rows, WIDTH, WIDTH))
     nothing, tokens = jnp.zeros_like(unit), _unit_tokens(rows, 1.0)
 
-    def through(belief: tuple[States, States], moment: tuple[Element, States]):
-        covariance, mean = belief
-        element, root = moment
+    def through(element: Element, root: States, covariance: States, mean: States) -> Passage:
         heard = filter_blocks(
             root, nothing, nothing, tokens, covariance, unit, save=False, interpret=interpret
         )
@@ -151,20 +184,16 @@ def starts(
         moved_mean, moved, closed = jnp.split(_product(left, element.moved), 3, axis=1)
         after = _product(element.moved.mT, moved) + element.covariance
         crossed = element.evidence - _product(informed, element.information)
-        next_belief = _symmetric(after), moved_mean + element.mean
-        return next_belief, (*next_belief, Loops(closed, crossed))
+        loops = Loops(closed, crossed)
+        whitened = heard["whitened"][:, :, WIDTH:]
+        return Passage(_symmetric(after), moved_mean + element.mean, loops, whitened)
 
-    _, (covariances, means, loops) = lax.scan(through, (covariance, mean), (found, root))
-
-    def by_row(first: States, rest: Array) -> PerSegment:
-        return jnp.moveaxis(jnp.concatenate([first[None], rest]), 0, 1)
-
-    loops = jax.tree.map(lambda part: jnp.moveaxis(part, 0, 1), loops)
-    return by_row(covariance, covariances), by_row(mean, means), loops
+    return through
 
 
-def roots(information: States, interpret: bool = False) -> States:
+def roots(information: Squares, interpret: bool = False) -> Squares:
     """R with RᵀR = J, of a positive semi-definite J that rounding may have made less."""
+    shape, information = information.shape, information.reshape(-1, WIDTH, WIDTH)
     information = _symmetric(information)
     variance = jnp.diagonal(information, axis1=1, axis2=2)
     deviation = jnp.sqrt(jnp.where(variance < LEAST_INFORMATION, 0, variance))
@@ -177,7 +206,7 @@ def roots(information: States, interpret: bool = False) -> States:
     found = filter_blocks(
         unit, nothing, nothing, tokens, scaled, mean, save=False, interpret=interpret
     )
-    return found["whitened"][:, :, :WIDTH] * deviation[:, None, :]
+    return (found["whitened"][:, :, :WIDTH] * deviation[:, None, :]).reshape(shape)
 
 
 def filled(loops: Loops | None, rows: int, chunks: int) -> Float[Array, "row most two key key"]:
