@@ -38,7 +38,7 @@ from .chunks import chunk_length, cut, join
 from .delta import Writes, delta_scan
 from .elements import Element, apply, combine
 from .exchange import before
-from .kernels import Backend, device_refusal, refusal
+from .kernels import Backend, chosen, device_refusal, kept_whole, kernel_scan, refusal
 from .precision import MeanDtype, cast, exact_product, state_dtype
 from .rules import Additive, Exact, Reset, Restored, Rule
 from .scans import (
@@ -172,11 +172,14 @@ def _kept(primitive, *inputs, **parameters) -> bool:
 
 def _part(stream, prior_variance, rule, initial, axis, devices, algorithm, dtype, backend):
     """The belief after a device's part, and the part's readings."""
-    # Kernels do not give a part's map; on their devices the tree over its chunks is as fast.
-    plain = refusal(stream, initial, prior_variance, rule, algorithm) or device_refusal()
-    by_kernel = plain is None and backend != "xla"
+    reason = refusal(stream, initial, prior_variance, rule, algorithm) or device_refusal()
+    by_kernel = chosen(backend, reason)
+    if devices > 1 and by_kernel and not kept_whole(stream, prior_variance, rule):
+        assert isinstance(rule, Exact)
+        return kernel_scan(stream, initial, prior_variance, rule, axis=axis)
     start = initial
     if devices > 1:
+        # On the kernels' devices the tree over a part's chunks is as fast.
         start = _start(
             stream, prior_variance, rule, initial, axis, "parallel" if by_kernel else algorithm
         )

@@ -28,5 +28,6 @@ from .delta_rule import delta_rule as delta_rule
 from .dispatch import Backend as Backend
 from .dispatch import chosen as chosen
 from .dispatch import device_refusal as device_refusal
+from .dispatch import kept_whole as kept_whole
 from .dispatch import kernel_scan as kernel_scan
 from .dispatch import refusal as refusal

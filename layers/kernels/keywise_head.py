@@ -31,10 +31,9 @@ from layers.chunks import (
 from layers.precision import exact_product
 from layers.triangular import triangular_inverse
 
-from .exact import Filtered
 from .forward import CHUNK
+from .head import Filtered, over_rows
 from .keywise import filter_keywise, prepare
-from .rows import over_rows
 
 AT_ONCE = 8
 """Chunks of every head whose rates, a number for each pair of tokens and key, exist together."""

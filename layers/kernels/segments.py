@@ -191,6 +191,84 @@ def passing(rows: int, interpret: bool = False) -> Callable[..., Passage]:
     return through
 
 
+def passed(element: Element, covariance: States, mean: States, interpret: bool = False) -> Passage:
+    """What each of some segments makes of the belief that enters it."""
+    through = passing(len(covariance), interpret)
+    return through(element, roots(element.information, interpret), covariance, mean)
+
+
+def combined(first: Element, second: Element, interpret: bool = False) -> Element:
+    """What stretches do in turn, `first` before `second`."""
+    after = passed(second, first.covariance, first.mean, interpret)
+    told = _product(first.moved, after.told.mT)
+    return Element(
+        _product(first.moved, after.loops.closed),
+        after.mean,
+        after.covariance,
+        first.evidence + _product(after.loops.crossed, first.moved.mT),
+        first.information + _product(told, told.mT),
+    )
+
+
+class Asked(NamedTuple):
+    """What a stretch asks of the belief that enters it: its loops, and what is its own."""
+
+    closed: Squares  # Ψ
+    crossed: Squares  # Λ
+    of_mean: Squares
+    of_covariance: Squares
+
+    def of_start(self, of_mean: Squares, of_covariance: Squares) -> tuple[Squares, Squares]:
+        """Cotangents of mean and covariance at its start, given those at its end."""
+        rows = of_mean.shape[-2]
+        faded = _product(jnp.concatenate([of_mean, of_covariance], axis=-2), self.closed.mT)
+        turned = _product(jnp.concatenate([self.crossed.mT, self.closed], axis=-1), faded)
+        return faded[..., :rows, :] + self.of_mean, _symmetric(turned) + self.of_covariance
+
+    def before(self, later: "Asked") -> "Asked":
+        """What it asks together with the stretch that follows it."""
+        return Asked(
+            _product(self.closed, later.closed),
+            self.crossed + _product(later.crossed, self.closed.mT),
+            *self.of_start(later.of_mean, later.of_covariance),
+        )
+
+
+def running[Tree](
+    parts: Tree, combine: Callable[[Tree, Tree], Tree], *, backwards: bool = False
+) -> Tree:
+    """Each of (row, segment, ...) combined with all of its row before it, in ⌈log₂ S⌉ rounds.
+
+    Args:
+        parts: of arrays (row, segment, key, key).
+        combine: what a part becomes, (row segment, key, key), of what comes before it and itself.
+        backwards: whether the last comes first.
+    """
+    segments = jax.tree.leaves(parts)[0].shape[1]
+    if segments == 1:
+        return parts
+    step = -1 if backwards else 1
+    reaches = [step << power for power in range((segments - 1).bit_length())]
+    place = jnp.arange(segments)
+
+    def round_of(parts: Tree, reach: Array) -> tuple[Tree, None]:
+        earlier = jax.tree.map(lambda part: jnp.roll(part, reach, axis=1), parts)
+        joined = combine(flat(earlier), flat(parts))
+        there = (place >= reach) & (place - reach < segments)
+
+        def chosen(joined: Array, part: Array) -> Array:
+            return jnp.where(there[:, None, None], joined.reshape(part.shape), part)
+
+        return jax.tree.map(chosen, joined, parts), None
+
+    return lax.scan(round_of, parts, jnp.asarray(reaches))[0]
+
+
+def flat[Tree](parts: Tree) -> Tree:
+    """(row, segment, ...) as (row segment, ...)."""
+    return jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:]), parts)
+
+
 def roots(information: Squares, interpret: bool = False) -> Squares:
     """R with RᵀR = J, of a positive semi-definite J that rounding may have made less."""
     shape, information = information.shape, information.reshape(-1, WIDTH, WIDTH)
@@ -209,18 +287,63 @@ def roots(information: Squares, interpret: bool = False) -> Squares:
     return (found["whitened"][:, :, :WIDTH] * deviation[:, None, :]).reshape(shape)
 
 
-def filled(loops: Loops | None, rows: int, chunks: int) -> Float[Array, "row most two key key"]:
-    """Loops, and zeros in the place of more: as many whatever the number of segments."""
-    room = rows, most(chunks), len(Loops._fields), WIDTH, WIDTH
-    if loops is None:
-        return jnp.zeros(room)
-    stacked = jnp.stack(loops, axis=2)
-    return jnp.pad(stacked, [(0, 0), (0, most(chunks) - stacked.shape[1]), *[(0, 0)] * 3])
+def begun(
+    each: Element,
+    until: Element,
+    covariance: States,
+    mean: States,
+    segments: int,
+    *,
+    interpret: bool = False,
+) -> tuple[PerSegment, PerSegment, Loops]:
+    """As `starts`, all at once, and how the last segment too passes on changes.
+
+    Args:
+        each: element of each segment; more are not read.
+        until: of all up to the end of each.
+        covariance: P before the first token.
+        mean: M before the first token.
+        segments: how many.
+        interpret: whether kernels are simulated on a CPU.
+    """
+
+    def after(parts: Element, belief: tuple[PerSegment, PerSegment]) -> Passage:
+        found = passed(flat(parts), *flat(belief), interpret)
+        shape = belief[0].shape
+        return jax.tree.map(lambda part: part.reshape(*shape[:2], *part.shape[1:]), found)
+
+    def repeated(state: PerSegment) -> PerSegment:
+        return jnp.repeat(state, segments - 1, axis=1)
+
+    covariances, means = covariance[:, None], mean[:, None]
+    if segments > 1:
+        earlier = jax.tree.map(lambda part: part[:, : segments - 1], until)
+        found = after(earlier, (repeated(covariances), repeated(means)))
+        covariances = jnp.concatenate([covariances, found.covariance], axis=1)
+        means = jnp.concatenate([means, found.mean], axis=1)
+    each = jax.tree.map(lambda part: part[:, :segments], each)
+    return covariances, means, after(each, (covariances, means)).loops
+
+
+def no_loops(rows: int) -> Loops:
+    """Of no segments."""
+    none = jnp.zeros((rows, 0, WIDTH, WIDTH))
+    return Loops(none, none)
+
+
+def filled[Tree](parts: Tree, chunks: int) -> Tree:
+    """Arrays (row, segment, ...), and zeros: as many whatever the number of segments."""
+    room = max(1, most(chunks))
+
+    def fill(part: Array) -> Array:
+        return jnp.pad(part, [(0, 0), (0, room - part.shape[1]), *[(0, 0)] * (part.ndim - 2)])
+
+    return jax.tree.map(fill, parts)
 
 
 def ends(
     asked: tuple[Any, ...],
-    loops: Float[Array, "row most two key key"],
+    loops: Loops,
     of_last_mean: States,
     of_last_covariance: States,
     segments: int,
@@ -231,7 +354,7 @@ def ends(
 
     Args:
         asked: keys, queries, cotangents, numbers and what `reverse.local` found, for `sweep`.
-        loops: as `filled`.
+        loops: of every segment but the last; more are not read.
         of_last_mean: cotangent of the mean after the last token.
         of_last_covariance: likewise.
         segments: how many.
@@ -247,18 +370,14 @@ def ends(
     alone = (jnp.pad(last[:, None], before).reshape(-1, WIDTH, WIDTH) for last in lasts)
     own = [by_row(state) for state in sweep(*asked, *alone, interpret=interpret)]
     inner = slice(1, segments - 1)
-    loop = loops[:, inner]
-    moments = [part[:, inner] for part in own] + [loop[:, :, 0], loop[:, :, 1]]
+    moments = Asked(*(part[:, inner] for part in (*loops, *own)))
 
-    def through(of_end: tuple[States, States], moment: list[States]):
-        own_mean, own_covariance, closed, crossed = moment
-        faded = _product(jnp.concatenate(of_end, axis=1), closed.mT)
-        turned = _product(jnp.concatenate([crossed.mT, closed], axis=2), faded)
-        of_start = faded[:, :WIDTH] + own_mean, _symmetric(turned) + own_covariance
+    def through(of_end: tuple[States, States], moment: Asked):
+        of_start = moment.of_start(*of_end)
         return of_start, of_start
 
     first = own[0][:, -1], own[1][:, -1]
-    by_segment = [jnp.moveaxis(part, 1, 0) for part in moments]
+    by_segment = jax.tree.map(lambda part: jnp.moveaxis(part, 1, 0), moments)
     _, earlier = lax.scan(through, first, by_segment, reverse=True)
 
     def joined(rest: Array, *later: States) -> Float[Array, "part key key"]:
@@ -266,6 +385,36 @@ def ends(
         return jnp.moveaxis(whole, 0, 1).reshape(-1, WIDTH, WIDTH)
 
     return joined(earlier[0], first[0], lasts[0]), joined(earlier[1], first[1], lasts[1])
+
+
+def asked_from(
+    asked: tuple[Any, ...], loops: Loops, segments: int, *, interpret: bool = False
+) -> Asked:
+    """What each segment, and those after it, ask of the belief that enters it, (row, segment, ...).
+
+    Args:
+        asked: as for `ends`.
+        loops: of every segment; more are not read.
+        segments: how many.
+        interpret: whether kernels are simulated on a CPU.
+    """
+    nothing = jnp.zeros((len(asked[0]), WIDTH, WIDTH))
+    own = sweep(*asked, of_last_mean=nothing, of_last_covariance=nothing, interpret=interpret)
+    of_mean, of_covariance = (state.reshape(-1, segments, WIDTH, WIDTH) for state in own)
+    closed, crossed = (loop[:, :segments] for loop in loops)
+    each = Asked(closed, crossed, of_mean, of_covariance)
+    return running(each, lambda later, part: part.before(later), backwards=True)
+
+
+def ends_from(
+    asked: Asked, of_last_mean: States, of_last_covariance: States, segments: int
+) -> tuple[Float[Array, "part key key"], Float[Array, "part key key"]]:
+    """As `ends`, of what `asked_from` has found, all at once."""
+    lasts = of_last_mean[:, None], of_last_covariance[:, None]
+    later = jax.tree.map(lambda part: part[:, 1:segments], asked)
+    found = zip(later.of_start(*lasts), lasts, strict=True)
+    of_mean, of_covariance = flat(tuple(jnp.concatenate(part, axis=1) for part in found))
+    return of_mean, of_covariance
 
 
 def _unit_tokens(rows: int, noise: float) -> Rates:

@@ -1,11 +1,51 @@
-"""Kernels take rows, of which each is a program: one row's function, and `jax.vmap` of it."""
+"""One head, as kernels filter it, and how `jax.vmap` makes rows of heads, each a program."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Bool, Float
+
+
+class Head(NamedTuple):
+    """What one head filters; time is a multiple of 64.
+
+    Args:
+        key: bfloat16 or float32, as are values and queries.
+        value: what is written.
+        query: what is read.
+        noise: r.
+        log_decay: of memory and standard deviation alike.
+        starts: where documents start.
+        added: variance before the write: drift, or all of it where a document starts.
+        covariance: P before the first token.
+        mean: M before the first token.
+        kept: λ of a restoration, or None: what the prediction keeps of a² P, to which `added` is
+            added.
+    """
+
+    key: Float[Array, "time key"]
+    value: Float[Array, "time value"]
+    query: Float[Array, "time key"]
+    noise: Float[Array, " time"]
+    log_decay: Float[Array, " time"]
+    starts: Bool[Array, " time"]
+    added: Float[Array, " time"]
+    covariance: Float[Array, "key key"]
+    mean: Float[Array, "value key"]
+    kept: Float[Array, " time"] | None = None
+
+
+class Filtered(NamedTuple):
+    """What a head says at each token, and its last belief."""
+
+    mean: Float[Array, "time value"]
+    variance: Float[Array, " time"]
+    log_evidence: Float[Array, " time"]
+    last_covariance: Float[Array, "key key"]
+    last_mean: Float[Array, "value key"]
 
 
 def over_rows(function: Callable[..., Any], of: int | None = None) -> Callable[..., Any]:
