@@ -34,12 +34,11 @@ def before[Map, State](
     if backwards:
         place = devices - 1 - place
     if devices <= GATHERED:
-        every = jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, axis), own)
-        states = [initial]
+        message, read = ravel_pytree(own)
+        every, states = jax.lax.all_gather(message, axis), [initial]
         for part in range(devices - 1):
             holder = devices - 1 - part if backwards else part
-            of_part = jax.tree.map(lambda leaf, holder=holder: leaf[holder], every)
-            states.append(apply(of_part, states[-1]))
+            states.append(apply(read(every[holder]), states[-1]))
         return jax.tree.map(lambda *leaves: jnp.stack(leaves)[place], *states)
     step = -1 if backwards else 1
     earlier, reach = _sent(own, axis, step), 1

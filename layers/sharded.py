@@ -19,8 +19,13 @@ the only solves are between devices.
 **Between devices** (N of them, E numbers an element: 3 K² + 2 V K when exact): each takes in all
 elements, (N − 1) E numbers in one round, up to `GATHERED` devices, and beyond it those of a tree,
 in 1 + ⌈log₂(N − 1)⌉ rounds of E numbers. Gradients send as many back, in reverse.
-`layers.communication` has the formulas, and counts what
-compiled programs send.
+`layers.communication` has the formulas, and counts what compiled programs send.
+
+**Kernels.** On GPUs that take them the exact filter does all this by kernels (`kernels.devices`)
+where it drifts or decays, with one number a token for each, and keys are at most 64 wide. Elsewhere
+what a part does is found in XLA, and the part is filtered by a kernel if there is one: with neither
+drift nor decay the kernels' elements have too few digits, and there are none of wider keys, of
+rates per key and of `Restored`.
 
 Source: Särkkä & García-Fernández (2021), IEEE TAC 66(1); Blelloch (1990) for scans.
 """
@@ -83,7 +88,7 @@ def sharded_scan(
         initial: belief before the first token; the prior where left out.
         algorithm: within each device.
         dtype: of the operands of products that carry values.
-        backend: of the filter within each device.
+        backend: within each device, as for `filter_scan`.
 
     Returns:
         The belief after the last token, and readings that stay where their tokens are; with

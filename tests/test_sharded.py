@@ -129,8 +129,7 @@ def test_a_compiled_pass_sends_what_the_formulas_say(rule, gathered, kind, monke
     assert found.keys() == {kind}
     messages, taken_in = found[kind]
     assert taken_in == 4 * traffic.numbers
-    if kind == "collective-permute":  # XLA gathers the arrays of an element one by one
-        assert messages == traffic.rounds
+    assert messages == traffic.rounds
 
 
 @pytest.mark.parametrize(

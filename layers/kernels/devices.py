@@ -49,12 +49,12 @@ def enter(head: Head, axis: str, interpret: bool) -> tuple[Head, Parts]:
     chunks = len(head.key) // CHUNK
 
     def rows(number: int, head: Head) -> tuple[Parts, Element]:
-        count = segments.count(number, chunks)
+        count = segments.count(number, chunks, tree=True)
         given = rates(head.noise, head.log_decay, head.starts, head.added)
         each = segments.of_segments(head.key, head.value, given, count, interpret=interpret)
         until = segments.running(each, partial(segments.combined, interpret=interpret))
         own = jax.tree.map(lambda part: part[:, -1], until)
-        return segments.filled(Parts(each, until), chunks), own
+        return segments.filled(Parts(each, until), chunks, tree=True), own
 
     def combine(_: int, first: Element, second: Element) -> Element:
         return segments.combined(first, second, interpret)

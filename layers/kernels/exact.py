@@ -50,18 +50,21 @@ def _filter_head(
 def _run(
     head: Head, values: int, interpret: bool, whole: bool, axis: str | None, save: bool
 ) -> tuple[Filtered, dict[str, Any]]:
-    chunks, split_up = len(head.key) // CHUNK, None
+    chunks, split_up, tree = len(head.key) // CHUNK, None, axis is not None
     if axis is not None:
         head, split_up = devices.enter(head, axis, interpret)
 
     def rows(number: int, head: Head, split_up: devices.Parts | None):
         numbers = rates(head.noise, head.log_decay, head.starts, head.added, head.kept)
         covariance, mean = head.covariance, head.mean
-        parts, loops = 1 if whole else segments.count(number, chunks), segments.no_loops(number)
+        parts = 1 if whole else segments.count(number, chunks, tree=tree)
+        loops = segments.no_loops(number)
         if split_up is not None:
-            covariance, mean, loops = segments.begun(
-                *split_up, covariance, mean, parts, interpret=interpret
+            covariance, mean = segments.begun(
+                split_up.until, covariance, mean, parts, interpret=interpret
             )
+            if save:
+                loops = segments.loops_of(split_up.each, covariance, mean, interpret=interpret)
         elif parts > 1:
             covariance, mean, loops = segments.starts(
                 head.key, head.value, numbers, covariance, mean, parts, interpret=interpret
@@ -79,9 +82,9 @@ def _run(
         )
         lasts = {name: found.pop(name)[parts - 1 :: parts] for name in _LASTS}
         found = {name: segments.join(part, parts) for name, part in found.items()} | lasts
-        cuttable = axis is not None or segments.most(chunks) >= segments.FEWEST
+        cuttable = tree or segments.most(chunks) >= segments.FEWEST
         if save and not whole and cuttable:
-            found["loops"] = segments.filled(loops, chunks)
+            found["loops"] = segments.filled(loops, chunks, tree=tree)
         return found
 
     found = over_rows(rows)(head, split_up)
@@ -200,11 +203,11 @@ def _questions(
 
 def _ask_rows(values: int, interpret: bool, number: int, whitened: Array, given: dict[str, Any]):
     chunks = whitened.shape[1] // CHUNK
-    parts = segments.count(number, chunks)
+    parts = segments.count(number, chunks, tree=True)
     asked = _questions(values, interpret, parts, whitened, given)
     from_each = segments.asked_from(asked, given["loops"], parts, interpret=interpret)
     local = tuple(segments.join(part, parts) for part in asked[-1])
-    return local, segments.filled(from_each, chunks)
+    return local, segments.filled(from_each, chunks, tree=True)
 
 
 def _reverse_rows(
@@ -216,10 +219,10 @@ def _reverse_rows(
     given: dict[str, Any],
     lasts: tuple[Array, Array],
 ):
-    key = given["key"]
-    parts = 1 if whole else segments.count(number, key.shape[1] // CHUNK)
+    key, tree = given["key"], "asked" in given
+    parts = 1 if whole else segments.count(number, key.shape[1] // CHUNK, tree=tree)
     asked = _questions(values, interpret, parts, whitened, given)
-    if "asked" in given:
+    if tree:
         lasts = segments.ends_from(given["asked"], *lasts, parts)
     elif "loops" in given and parts > 1:
         lasts = segments.ends(asked, given["loops"], *lasts, parts, interpret=interpret)
