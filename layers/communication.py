@@ -20,7 +20,7 @@ from .rules import Additive, Exact, Reset, Rule
 _BYTES = {"f64": 8, "f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1}
 _COLLECTIVE = re.compile(
     r"= (?P<shapes>\(.*?\)|\S+) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|"
-    r"collective-permute|collective-broadcast)(?:-start)?\("
+    r"collective-permute|collective-broadcast)(?P<start>-start)?\("
 )
 _SHAPE = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 _GROUP = re.compile(r"replica_groups=mesh\[(?P<sizes>.*?)\] \{(?P<axes>.*?)\}")
@@ -78,6 +78,10 @@ def counted(program: str, devices: int) -> dict[str, tuple[int, int]]:
             _BYTES[dtype] * math.prod(int(size) for size in shape.split(",") if size)
             for dtype, shape in _SHAPE.findall(match["shapes"])
         ]
+        if match["start"] and match["kind"] != "all-reduce":
+            # What goes in stands before what comes out, and handles of four bytes after both.
+            sizes = [size for size in sizes if size > 4]
+            sizes = sizes[len(sizes) // 2 :]
         members, group = devices, _GROUP.search(line)
         if group is not None:
             along = group["axes"].split(",")

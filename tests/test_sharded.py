@@ -133,6 +133,20 @@ def test_a_compiled_pass_sends_what_the_formulas_say(rule, gathered, kind, monke
 
 
 @pytest.mark.parametrize(
+    ("line", "taken_in"),
+    [
+        ("%a = (f32[5,64]{1,0}, f32[2,5,64]{2,1,0}) all-gather-start(%b)", 4 * 5 * 64),
+        ("%a = ((f32[2,64]{1,0}), f32[64]{0}) reduce-scatter-start(%b)", 4 * 64),
+        ("%a = (f32[64]{0}, f32[64]{0}, u32[], u32[]) collective-permute-start(%b)", 4 * 64),
+        ("%a = f32[64]{0} all-reduce-start(%b)", 4 * 64),
+    ],
+)
+def test_messages_that_gpus_begin_are_counted_once(line, taken_in):
+    (found,) = communication.counted(line, devices=2).values()
+    assert found == (1, taken_in)
+
+
+@pytest.mark.parametrize(
     ("wish", "says"),
     [
         ({"axis": "time"}, "`axis` is 'time', and the mesh's axes are sequence"),
