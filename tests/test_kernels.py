@@ -12,7 +12,15 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from scan_cases import Case, draw_initial, draw_stream
 
 from layers import communication, elements, exchange, sharded
-from layers.kernels import device_refusal, kernel_scan, mosaic, refusal, reverse, segments
+from layers.kernels import (
+    device_refusal,
+    kept_whole,
+    kernel_scan,
+    mosaic,
+    refusal,
+    reverse,
+    segments,
+)
 from layers.kernels.blocks import rates
 from layers.kernels.elements import Element
 from layers.kernels.sweep import sweep
@@ -545,6 +553,18 @@ def test_what_kernels_cover_is_not_refused():
     assert refused(replace(wider, decay="key")) is None
     assert refused(replace(wider, drift="key"), dtype="bfloat16") is None
     assert refused(FITTING, prior_variance=jnp.ones(64)) is None
+
+
+def test_maps_of_parts_that_kernels_do_not_find_are_left_to_xla():
+    """Restored, of many keys, of rates per key, and where nothing fades: too few digits."""
+    dial = Restored(jnp.asarray(0.5))
+    fading = replace(FITTING, drift="none")
+    whole = [(replace(fading, decay="none"), EXACT), (replace(FITTING, key=72), EXACT)]
+    whole += [(FITTING, dial), (replace(FITTING, drift="key"), EXACT)]
+    for case, rule in whole:
+        assert kept_whole(draw_stream(case, dtype="float32"), PRIOR, rule)
+    for case in (FITTING, fading, replace(FITTING, decay="none", value=128, observations=2)):
+        assert not kept_whole(draw_stream(case, dtype="float32"), PRIOR, EXACT)
 
 
 @pytest.mark.skipif(device_refusal() is None, reason="this device takes kernels")
