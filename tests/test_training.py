@@ -308,7 +308,9 @@ def test_a_run_is_trained_recorded_plotted_and_evaluated(task, layer, wish, tmp_
     assert again["metrics"]["test"] == record["metrics"]["test"]
     told = tmp_path / "eval.json"
     assert main(["eval", str(out), "--beyond", "--examples", "8", "--json", str(told)]) == 0
-    scores = json.loads(told.read_text())["scores"]
+    metrics = json.loads(told.read_text())["metrics"]
+    scores, rate = metrics["scores"], metrics["rate"]
+    assert rate in record["config"]["rates"]
     judged = [score["memory"] is not None for found in scores.values() for score in found]
     assert judged == [task == "collision"] * len(judged)
     assert "as in training" in scores
