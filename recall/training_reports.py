@@ -78,7 +78,7 @@ def sweep_table(lines: Sequence[Line]) -> Table:
         table.add_column(heading, justify="left" if heading == "layer" else "right")
     for line in lines:
         by_kind = list(line.accuracy.values())
-        cells = map(shown, [*by_kind, np.mean(by_kind, axis=0)])
+        cells = map(shown, [*by_kind, np.mean(by_kind, axis=0).tolist()])
         table.add_row(
             line.layer,
             str(line.d_model),

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from dataclasses import replace
 
 import equinox as eqx
@@ -26,6 +27,7 @@ from recall.new_model import write_new_model
 from recall.plans import Plan, as_data, from_data, harder, small_plan, zoology_plan
 from recall.run import _that_see
 from recall.run_folder import RunFolder
+from recall.seeds import over_seeds, shown
 from recall.sweep import summary
 from recall.tasks.associative import AssociativeRecall
 from recall.tasks.catalogue import TASKS, Batch
@@ -409,6 +411,13 @@ def test_the_rate_is_chosen_on_validation_rows():
     }
     line = summary(plan, metrics | {"parameters": 1, "tokens_per_second": 1.0})
     assert (line.rate, line.accuracy) == (1e-2, {"rows": [0.4, 0.5]})
+
+
+def test_seeds_together_are_their_mean_and_its_interval():
+    """Student's 97.5 % point of two degrees of freedom is 4.303."""
+    mean, half = over_seeds([1.0, 2.0, 3.0, math.nan])
+    assert (mean, half) == pytest.approx((2.0, 4.303 / math.sqrt(3)), rel=1e-3)
+    assert [shown(found) for found in ([0.5], [math.nan])] == ["0.500", "–"]
 
 
 @pytest.mark.parametrize(
