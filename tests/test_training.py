@@ -24,13 +24,13 @@ from recall.layers_by_name import mixer_maker
 from recall.models import token_model
 from recall.mqar import UNLABELLED
 from recall.new_model import write_new_model
-from recall.plans import Plan, as_data, from_data, harder, small_plan, zoology_plan
+from recall.plans import Plan, as_data, from_data, harder, small_plan, small_rows, zoology_plan
 from recall.run import _that_see
 from recall.run_folder import RunFolder
 from recall.seeds import over_seeds, shown
 from recall.sweep import summary
 from recall.tasks.associative import AssociativeRecall
-from recall.tasks.catalogue import TASKS, Batch
+from recall.tasks.catalogue import TASKS, Batch, draw
 from recall.tasks.zoology import Zoology
 from recall.training import start, train
 
@@ -98,10 +98,20 @@ def test_the_published_model_has_no_output_gate_and_gated_deltanet_wide_values()
 def test_rows_of_unequal_questions_are_filled_up_with_weight_zero():
     labels = np.full((2, 5), UNLABELLED)
     labels[0, [1, 3]], labels[1, 4] = [7, 8], 9
-    asked = questions(Batch(np.zeros((2, 5), int), labels))
+    asked = questions(Batch(np.zeros((2, 5), int), labels), 3)
     for row, expected in enumerate(({1: 7, 3: 8}, {4: 9})):
         told = zip(asked.places[row], asked.answers[row], asked.weights[row], strict=True)
         assert {place: answer for place, answer, weight in told if weight} == expected
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_rows_ask_no_more_than_they_say(name):
+    """All shapes are those of the law, so that no draw needs a program of its own."""
+    rows = small_rows(TASKS[name])
+    asked = held_out(rows, 64, 3)
+    labels = draw(rows, 64, 3, filler_seed=4 if isinstance(rows, Zoology) else None).labels
+    assert asked.places.shape == (64, rows.most_asked)
+    np.testing.assert_array_equal(asked.weights.sum(axis=1), (labels != UNLABELLED).sum(axis=1))
 
 
 @pytest.mark.parametrize("name", TASKS)
