@@ -110,6 +110,15 @@ def test_a_stream_of_the_target_alone_is_one_key():
     assert alone.variance == pytest.approx(0.3 * gains[-1], rel=1e-10)
     assert alone.intrusion == pytest.approx(0, abs=1e-12)
 
+def test_writes_of_boundless_noise_are_none():
+    noises = np.tile([0.1, 1e12], 12)
+    heard, all_of_them = np.append(noises[::2], 0.1), np.append(noises, 0.1)
+    few, many = (
+        retrieval.exact_stream(np.ones((count, count)), np.arange(count) == count - 1, noise, 16)
+        for count, noise in ((13, heard), (25, all_of_them))
+    )
+    np.testing.assert_allclose(many, few, rtol=1e-9)
+
 
 # -- limits --------------------------------------------------------------------------------------
 

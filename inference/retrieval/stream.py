@@ -180,7 +180,7 @@ def _moments(
         """Q: both pairings of the fluctuations, as the response of the fixed point gives them."""
         left, right = rates * (first @ among), rates * (second @ among)
         inner = among[:-1].T @ middle @ among[:-1]
-        curved = stiffness * rates / rates[:, None]
+        curved = rates[:, None] * stiffness / rates
         return (
             left @ (right * (stiffness @ np.diag(inner))) + left @ ((curved * inner) @ right)
         ) / (width * (width + 2))
