@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parent.parent / "results"
 class Config:
     """Draws of keys in each regime, and the seed of all of them."""
 
-    draws: int = 5_000
+    draws: int = 10_000
     seed: int = 0
 
 
