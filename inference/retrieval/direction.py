@@ -1,10 +1,11 @@
-r"""Mean of h/(σ + h) for a quadratic form h = kᵀBk of a uniformly random direction k.
+r"""Means of h/(σ + h) and 1/(σ + h), h = kᵀBk a quadratic form of a uniformly random direction k.
 
 Over k alone, B held fixed, the mean is exact. With k = g/|g| of a Gaussian g,
 $(k^\top (\sigma + B) k)^{-1} = |g|^2 \int_0^\infty e^{-t g^\top (\sigma + B) g} dt$, and |g| is
 independent of k, so with $y = 2t/(1 + 2t\sigma)$, $F(y) = \det(I + yB)^{-1/2}$ and by parts
 
-$$ E\,\frac{h}{\sigma + h} = -\int_0^{1/\sigma} (1 - \sigma y)^{K/2 - 1} F'(y)\,dy. $$
+$$ E\,\frac{1}{\sigma + h} = (\tfrac{K}{2} - 1) \int_0^{1/\sigma} (1 - \sigma y)^{K/2 - 2} F\,dy,
+   \qquad E\,\frac{h}{\sigma + h} = -\int_0^{1/\sigma} (1 - \sigma y)^{K/2 - 1} F'\,dy. $$
 
 Its expansion in 1/K starts with $p/(\sigma + p) - \sigma\,\mathrm{var}\,h/(\sigma + p)^3$, p = E h,
 and is of little use where h varies by a third, as among 8 keys of 16 entries: there h is nearly
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.polynomial import chebyshev
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(96)
-_ENOUGH, _TOO_MUCH, _MOST_HALVINGS, _FITTED = 36.0, 72.0, 40, 14
+_ENOUGH, _TOO_MUCH, _MOST_HALVINGS, _DIGITS = 36.0, 72.0, 40, 8
 
 LogKept = Callable[[Any], Any]
 
@@ -78,6 +79,16 @@ def mean_share(
     return -np.sum(_WEIGHTS * left ** (width / 2 - 1) * np.exp(logarithm) * slope) * end / 2
 
 
+def mean_inverse(
+    log_kept: LogKept, width: int | float, noise: Any, largest: float, end: Any
+) -> Any:
+    r"""The mean of 1/(σ + h), to rounding for the F given, for K >= 4; arguments as there."""
+    place = end * (_NODES + 1) / 2
+    left = 1 - noise * np.expm1(place) / largest
+    whole = np.exp(log_kept(place) + place) * left ** (width / 2 - 2)
+    return (width / 2 - 1) * np.sum(_WEIGHTS * whole) * end / 2 / largest
+
+
 class Fitted(NamedTuple):
     """A polynomial on [0, end], by its Chebyshev coefficients, real or complex."""
 
@@ -96,7 +107,11 @@ class Fitted(NamedTuple):
 
 
 def fitted(function: Callable[[Any], Any], end: Any) -> Fitted:
-    """The polynomial through an analytic function at as many Chebyshev nodes as it has degrees."""
-    nodes = np.cos(np.pi * (np.arange(_FITTED) + 0.5) / _FITTED)
+    r"""The polynomial through a function of u, analytic where |Im u| < π, at Chebyshev nodes.
+
+    As log det(I + yB) is in $u = \log(1 + y b)$. An error falls as e^(−n arsinh(2π/end)).
+    """
+    count = 2 + round(_DIGITS * np.log(10) / np.arcsinh(2 * np.pi / np.real(end)))
+    nodes = np.cos(np.pi * (np.arange(count) + 0.5) / count)
     values = np.array([function(end * (node + 1) / 2) for node in nodes])
-    return Fitted(np.linalg.solve(chebyshev.chebvander(nodes, _FITTED - 1), values), end)
+    return Fitted(np.linalg.solve(chebyshev.chebvander(nodes, count - 1), values), end)
