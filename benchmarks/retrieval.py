@@ -68,7 +68,8 @@ def run(config: Config) -> dict[str, Any]:
     drawn = [one for one in everything if one.standard_error]
     for form, found in by_form.items():
         worst = max(found, key=lambda one: one.apart)
-        print(f"{form}: worst {worst.apart:.2g} ({worst.quantity}, {worst.regime})")
+        chance = f"standard error {_relative(worst):.1g}"
+        print(f"{form}: worst {worst.apart:.2g}, {chance} ({worst.quantity}, {worst.regime})")
     return {
         "regimes": REGIMES,
         "comparisons": len(everything),
