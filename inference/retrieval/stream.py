@@ -199,7 +199,8 @@ def exact_stream(
 
 def _moments(covariance, count: int, noises, own_noises, width: int | float) -> tuple[Any, Any]:
     """Mean retention, and mean variance."""
-    smoothed, rates, stiffness = _smoothed(covariance, count, noises, width)
+    smoothed, rates, softness = _smoothed(covariance, count, noises, width)
+    stiffness = np.linalg.inv(softness)
     corrected = smoothed + _correction(smoothed, rates, stiffness, width)
     own = slice(count, len(covariance) - 1)
     gram = np.linalg.inv(corrected[own, own] + np.diag(own_noises))
@@ -298,7 +299,7 @@ def _log_determinant(matrix) -> Any:
 def _smoothed(
     covariance, count: int, noises, width: int | float, near: Any = None
 ) -> tuple[Any, Any, Any]:
-    """P, R and W at leading order, by Newton's method on the diagonal of P, from one near it."""
+    """P, R and W⁻¹ at leading order, by Newton's method on the diagonal of P, from one near it."""
     among, across = covariance[:count, :count], covariance[:, :count]
     identity = np.eye(count)
 
@@ -319,10 +320,9 @@ def _smoothed(
         variances = variances + moved
         if not count or np.max(np.abs(moved) / np.abs(variances)) < _SETTLED:
             break
-    # Where noises are complex by a little, one more step is exact.
+    # One more squares what is left, and is exact where noises are complex by a little.
     variances = variances + step(variances, noises)
-    smoothed, rates, softness = settled(variances, noises)
-    return smoothed, rates, np.linalg.inv(softness)
+    return settled(variances, noises)
 
 
 def _correction(smoothed, rates, stiffness, width: int | float):
@@ -345,4 +345,4 @@ def _correction(smoothed, rates, stiffness, width: int | float):
     return (change + change.T) / 2
 
 
-_MOST_STEPS, _SETTLED, _MARGIN, _NEAR = 60, 1e-13, 1.1, 1e-4
+_MOST_STEPS, _SETTLED, _MARGIN, _NEAR = 60, 1e-6, 1.1, 1e-4
