@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from . import devices, reverse, segments, wide
-from .blocks import kept_sums, kept_within, rates, ratios_within, sums
+from .blocks import kept_sums, kept_within, rates, ratios_within, sums, unknown
 from .forward import CHUNK, WIDTH, filter_blocks, split
 from .head import Filtered, Head, over_rows
 from .restored import of_kept as cotangent_of_kept
@@ -106,7 +106,7 @@ def _forward(head: Head, values: int, interpret: bool, whole: bool, axis: str | 
 
 def _backward(values: int, interpret: bool, whole: bool, axis: str | None, residuals, of: Filtered):
     head, kept, last_covariance, last_mean = residuals
-    total, document = sums(head.log_decay, head.starts, CHUNK)
+    total, document = sums(unknown(head.log_decay), head.starts, CHUNK)
     ratios = ratios_within(total, document)
     added, squared = head.added.reshape(-1, CHUNK), ratios**2
     faded = None
