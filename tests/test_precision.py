@@ -116,9 +116,9 @@ CASES = [
         ],
     )
     for case in (
-        (chunked, 8_192, 64, False),
-        (chunked, 8_192, 16, False),
-        (chunked, 8_192, 16, True),
+        (chunked, 16_384, 64, False),
+        (chunked, 16_384, 16, False),
+        (chunked, 16_384, 16, True),
         (parallel, 320, 64, False),
     )
 ]
