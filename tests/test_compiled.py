@@ -145,6 +145,7 @@ RULES = {
 """A recurrence of every rule, and the form it takes."""
 
 MORE = (
+    "gla",
     "deltaproduct",
     "mesanet",
     "kalman_delta_isotropic",

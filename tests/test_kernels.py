@@ -166,6 +166,7 @@ def test_simulated_values_of_128_rows_and_their_gradients_are_the_definition():
     assert_within(found, expected(arguments, starts), "bfloat16")
 
 
+@pytest.mark.exhaustive
 def test_simulated_values_of_keys_128_wide_and_their_gradients_are_the_definition():
     case = Case(9, 128, 64, decay="scalar", drift="scalar", starts=(3,))
     arguments, starts = draw(case, "bfloat16")
@@ -173,6 +174,7 @@ def test_simulated_values_of_keys_128_wide_and_their_gradients_are_the_definitio
     assert_within(found, expected(arguments, starts), "bfloat16")
 
 
+@pytest.mark.exhaustive  # test_segments_in_a_tree... has its algebra
 def test_what_enters_a_simulated_segment_is_the_definition(capfd):
     """The second of two chunks, and how the first passes on changes of what entered it."""
     arguments, _ = draw(Case(128, 64, 64, decay="scalar", drift="scalar"), "bfloat16")
@@ -255,6 +257,7 @@ def test_a_simulated_restoration_across_chunks_is_the_definition(keys, monkeypat
     assert "RACE" not in capfd.readouterr().out
 
 
+@pytest.mark.exhaustive
 def test_simulated_rates_per_key_and_their_gradients_are_the_definition(capfd):
     case = Case(20, 64, 64, decay="key", drift="key", starts=(3,))
     arguments, starts = draw(case, "float32")
