@@ -44,9 +44,9 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(defined)), float(half)
 
 
-def shown(values: Sequence[float]) -> str:
-    """`over_seeds` to three digits, or a dash where nothing is defined."""
+def shown(values: Sequence[float], digits: str = ".3f") -> str:
+    """`over_seeds` in a number format, or a dash where nothing is defined."""
     mean, half = over_seeds(values)
     if math.isnan(mean):
         return "–"
-    return f"{mean:.3f}" if math.isnan(half) else f"{mean:.3f} ± {half:.3f}"
+    return f"{mean:{digits}}" if math.isnan(half) else f"{mean:{digits}} ± {half:{digits}}"

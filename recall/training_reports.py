@@ -66,7 +66,8 @@ def honesty_table(plan: Plan, rate: float, scores: Scores) -> Table:
     for rows, found in scores.items():
         if all(score["memory"] is not None for score in found):
             told = [score["memory"] for score in found]
-            table.add_row(rows, *(shown(of_rate(plan, name, told, rate)) for name in headings))
+            parts = (of_rate(plan, name, told, rate) for name in headings)
+            table.add_row(rows, *(shown(part, ".3g") for part in parts))
     return table
 
 
