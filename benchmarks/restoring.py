@@ -6,6 +6,11 @@ without; all are asked for needles in rows up to several times as long as any in
     python -m benchmarks.restoring --text books.txt --valid other.txt --out runs/restoring
 
 The same again goes on where it was stopped (`--minutes`). OUT/summary.json holds all that is known.
+Once the teacher is there, arms can be distilled side by side, a GPU each, into one folder:
+
+    CUDA_VISIBLE_DEVICES=1 python -m benchmarks.restoring ... --out runs/restoring --arms student
+
+and the same without `--arms` then puts them together.
 """
 
 import argparse
@@ -62,7 +67,7 @@ def main() -> None:
     jax.config.update("jax_compilation_cache_dir", str((request.out / "programs").resolve()))
     known = _Known(request, began)
     teacher = _teacher(request, deadline)
-    if teacher is None or not known.add("teacher", teacher, RunFiles(request.out / "teacher")):
+    if teacher is None:
         return _stopped("the teacher")
     best: dict[str, float] = {}
     for seed in request.seeds:
@@ -74,9 +79,11 @@ def main() -> None:
                 plan = _distillation(request, arm, rate, seed)
                 found = _finished(request, name, distill, plan, deadline)
                 files = RunFiles(request.out / name)
-                if found is None or not known.add(name, found, files, arm, rate, seed):
+                if found is None:
                     return _stopped(name)
+                known.add(name, found, files, arm, rate, seed)
             best.setdefault(arm, known.best_rate(arm, seed))
+    known.add("teacher", teacher, RunFiles(request.out / "teacher"))
     known.conclude(best)
     print(f"summary: {known.file}")
 
@@ -172,7 +179,7 @@ class _Known:
         arm: str = "teacher",
         rate: float = 0.0,
         seed: int = 0,
-    ) -> bool:
+    ) -> None:
         """Add a finished run, with what it finds in long rows; from its folder where that knows."""
         kept = files.path / "retrieval.json"
         if not kept.is_file():
@@ -187,7 +194,6 @@ class _Known:
             for form, by_length in told["retrieval"].items()
         )
         print(f"{name}: {cells}", flush=True)
-        return True
 
     def best_rate(self, arm: str, seed: int) -> float:
         """The rate of least held-out loss, over prose and needles alike."""
