@@ -4,8 +4,8 @@
 
 Weights are random, in bfloat16, in folders that flash-linear-attention wrote; it must be
 installed, and a GPU be there. Errors are relative, by the norm of all logits: of
-flash-linear-attention's model in bfloat16, and of ours in bfloat16, to ours in float32. Times are of
-a forward pass.
+flash-linear-attention's model in bfloat16, and of ours in bfloat16, to ours in float32. Times are
+of a forward pass.
 """
 
 import argparse
