@@ -25,7 +25,8 @@ def mixer_maker(
 
     Args:
         layer: a name of the catalogue, "attention", or FILE.py:OBJECT, a design model that is
-            verified before it is compiled, at its own widths.
+            verified before it is compiled, at its own widths or, with FILE.py:OBJECT:WIDE, at those
+            of the file's object WIDE, the same model wider.
         heads: memories side by side.
         as_zoology: without an output gate, and Gated DeltaNet with values twice as wide as keys.
         expansion: how many times as wide as keys values are; as published where left out.
@@ -44,7 +45,7 @@ def mixer_maker(
         if layer not in CATALOGUE:
             raise ModelError(
                 f"`--layer` is {layer!r}; it must be one of {', '.join(CATALOGUE)}, {ATTENTION}, "
-                "or FILE.py:OBJECT."
+                "FILE.py:OBJECT, or FILE.py:OBJECT:WIDE."
             )
 
         def make(d_model: int, rng: PRNGKeyArray) -> Mixer:
@@ -55,19 +56,37 @@ def mixer_maker(
             return _ungated(mixer) if as_zoology else mixer
 
         return make
-    from inference import verify  # needs ArviZ, which training itself does not
+    from inference import NotLinearGaussian, verify  # needs ArviZ, which training itself does not
 
-    subject = load_subject(layer)
-    certificate = verify(subject.model, name=subject.name, policy=subject.policy)
+    narrow, wide = _named(layer)
+    subject = load_subject(narrow)
+    wider = None if wide is None else load_subject(wide).model
+    try:
+        certificate = verify(subject.model, name=subject.name, policy=subject.policy)
+    except NotLinearGaussian as refused:
+        raise ModelError(
+            f"{narrow} is refused ({refused}); a wide model follows its narrow one, as in "
+            "FILE.py:OBJECT:WIDE."
+        ) from refused
     if not certificate.holds:
-        raise ModelError(f"{layer} is not verified; see: mbd verify {layer}.")
+        raise ModelError(f"{layer} is not verified; see: mbd verify {narrow}.")
 
     def compiled(d_model: int, rng: PRNGKeyArray) -> Mixer:
         with jax.enable_x64(False):
-            mixer = compile_layer(certificate, d_model, heads=heads, rng=rng)
+            try:
+                mixer = compile_layer(certificate, d_model, heads=heads, model=wider, rng=rng)
+            except (NotLinearGaussian, ValueError) as refused:
+                raise ModelError(f"{layer} cannot be compiled: {refused}") from refused
         return _ungated(mixer) if as_zoology else mixer
 
     return compiled
+
+
+def _named(layer: str) -> tuple[str, str | None]:
+    """FILE.py:OBJECT and, where it is asked for, FILE.py:WIDE."""
+    file, mark, names = layer.rpartition(".py:")
+    narrow, _, wide = names.partition(":")
+    return f"{file}{mark}{narrow}", f"{file}{mark}{wide}" if wide else None
 
 
 def _ungated(mixer: SequenceMixer) -> SequenceMixer:

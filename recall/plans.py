@@ -29,7 +29,8 @@ class Plan:
 
     Args:
         task: its name.
-        layer: a name of the catalogue, "attention", or FILE.py:OBJECT.
+        layer: a name of the catalogue, "attention", FILE.py:OBJECT, or
+            FILE.py:OBJECT:WIDE.
         course: what is shown.
         tests: rows that accuracy is measured on, by name.
         test_examples: how many of each.

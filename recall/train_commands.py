@@ -18,7 +18,7 @@ def add_train_options(command: argparse.ArgumentParser) -> None:
     """Options of `mbd train`."""
     command.add_argument("task", choices=TASK_NAMES, metavar="TASK", help=", ".join(TASK_NAMES))
     command.add_argument(
-        "--layer", metavar="NAME", help="of the catalogue, attention, or FILE.py:OBJECT"
+        "--layer", metavar="NAME", help="of the catalogue, attention, or FILE.py:OBJECT[:WIDE]"
     )
     command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the run")
     command.add_argument("--resume", action="store_true", help="go on with the run in --out")

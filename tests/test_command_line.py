@@ -223,7 +223,7 @@ def test_a_wrong_update_fails_with_its_step_and_quantity(started, tmp_path, caps
     [
         ("none_such", "holds no `none_such`"),
         ("model", "is of type DesignModel; it must be a function"),
-        ("prior", "it must take (mean, covariance, u)"),
+        ("memory", "it must take (mean, covariance, u)"),
     ],
 )
 def test_an_update_that_is_none_is_refused_beforehand(update, says, started, capsys):

@@ -338,11 +338,22 @@ def test_a_model_of_ones_own_is_trained_and_evaluated(tmp_path, monkeypatch, cap
     write_new_model(path)
     monkeypatch.setattr("inference.verify", lambda model, **named: certify(draft(model)))
     small = ["--d-model", "8", "--steps", "2", "--batch", "4", "--codes", "8", "--pairs", "1"]
-    asked = ["associative_recall", "--layer", f"{path}:model", "--out", str(out), *small]
+    layer = f"{path}:model:wide"
+    asked = ["associative_recall", "--layer", layer, "--out", str(out), *small]
     assert main(["train", *asked]) == 0
-    assert json.loads((out / "record.json").read_text())["config"]["layer"] == f"{path}:model"
+    assert json.loads((out / "record.json").read_text())["config"]["layer"] == layer
     assert main(["eval", str(out)]) == 0
-    assert "my_memory.py:model" in capsys.readouterr().out
+    assert "my_memory.py:model:wide" in capsys.readouterr().out
+    mixer: Any = mixer_maker(layer, 1)(8, jax.random.key(0))
+    assert mixer.sources["key"].shape == (32,)
+
+
+@pytest.mark.exhaustive
+def test_a_model_too_wide_to_derive_asks_for_its_narrow_one(tmp_path):
+    path = tmp_path / "my_memory.py"
+    write_new_model(path)
+    with pytest.raises(ModelError, match=r"follows its narrow one, as in FILE\.py:OBJECT:WIDE"):
+        mixer_maker(f"{path}:wide", 1)
 
 
 @pytest.mark.parametrize(
