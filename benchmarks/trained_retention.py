@@ -13,13 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
-import jax
 import numpy as np
 
-from layers.sources import Projected
 from recall.courses import Course, Segment
-from recall.layers_by_name import mixer_maker
+from recall.layers_by_name import mixer_maker, unconvolved
 from recall.plans import Plan
 from recall.records import keeper
 from recall.tasks.associative import AssociativeRecall, draw
@@ -103,17 +100,6 @@ def shares(curve: Carried) -> dict[str, Any]:
         for count in (15, 64)
     }
     return {"kept": kept}
-
-
-def unconvolved(mixer: Any) -> Any:
-    """A mixer whose projections see their own token alone."""
-
-    def alone(node: Any) -> Any:
-        if not isinstance(node, Projected) or node.convolution is None:
-            return node
-        return eqx.tree_at(lambda one: one.convolution, node, None)
-
-    return jax.tree.map(alone, mixer, is_leaf=lambda node: isinstance(node, Projected))
 
 
 def main() -> None:

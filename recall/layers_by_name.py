@@ -1,6 +1,7 @@
 """Mixers for training by name: of the catalogue, attention, or a model of the user's."""
 
 from functools import cache
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -10,11 +11,37 @@ from design_models import CATALOGUE, ModelError
 from layers import compile_layer
 from layers.mixer import SequenceMixer
 from layers.published import published_mixer
+from layers.sources import Projected
 
 from .models import MakeMixer, Mixer, SoftmaxAttention
+from .plans import Plan
+from .tasks.associative import AssociativeRecall
 from .user_files import load_subject
 
 ATTENTION = "attention"
+
+
+def mixer_of(plan: Plan) -> MakeMixer:
+    """(d_model, rng) -> mixer of a plan's models.
+
+    A pair of vectors is whole where it stands, and pairs come in random order: a short convolution
+    could only mix them, and mixers have none there.
+    """
+    make = mixer_maker(plan.layer, plan.heads, as_zoology=plan.as_zoology, expansion=plan.expansion)
+    if not isinstance(plan.course.segments[0].rows, AssociativeRecall):
+        return make
+    return lambda d_model, rng: unconvolved(make(d_model, rng))
+
+
+def unconvolved(mixer: Any) -> Any:
+    """A mixer whose projections see their own token alone."""
+
+    def alone(node: Any) -> Any:
+        if not isinstance(node, Projected) or node.convolution is None:
+            return node
+        return eqx.tree_at(lambda one: one.convolution, node, None)
+
+    return jax.tree.map(alone, mixer, is_leaf=lambda node: isinstance(node, Projected))
 
 
 @cache  # a model of the user's is verified once, though asked for before the run and in it

@@ -20,7 +20,7 @@ from layers.memory import StreamMemory
 from layers.mixer import SequenceMixer
 from layers.sharded import DATA, HEADS, SEQUENCE, rule_refusal
 
-from .layers_by_name import mixer_maker
+from .layers_by_name import mixer_of
 from .mesh_sizes import AXES, Sizes
 from .plans import Plan
 
@@ -65,8 +65,7 @@ def check_plan(plan: Plan, sizes: Sizes) -> None:
             raise ModelError(f"{name} is {number}, no multiple of `--mesh` {axis}={sizes[axis]}.")
     if sizes.get(SEQUENCE, 1) == 1:
         return
-    make = mixer_maker(plan.layer, plan.heads, as_zoology=plan.as_zoology, expansion=plan.expansion)
-    mixer = make(plan.d_model, jax.random.key(0))
+    mixer = mixer_of(plan)(plan.d_model, jax.random.key(0))
     memory = mixer.memory if isinstance(mixer, SequenceMixer) else None
     if not isinstance(memory, StreamMemory) or rule_refusal(memory.rule) is not None:
         raise ModelError(

@@ -6,8 +6,8 @@ $$ x \leftarrow x + \mathrm{mix}(\mathrm{norm}(x)),\quad x \leftarrow x + \mathr
 
 (the second line is upstream's identity in place of a feed-forward layer), and the head is the
 embedding. Embeddings and all projections, the mixer's too, begin as normal numbers of deviation
-0.02, as upstream's. Pairs of vectors take one mixer without convolution, whose output is compared
-with the vectors of all values.
+0.02, as upstream's. Pairs of vectors take one mixer without any convolution, whose output is
+compared with the vectors of all values.
 
 Source: Arora et al. (2023), arXiv 2312.04927; HazyResearch/zoology, `model.py`, `base_conv.py`.
 """

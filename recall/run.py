@@ -16,9 +16,9 @@ from . import plots
 from .courses import held_out
 from .disturbances import disturbed
 from .evaluation import evaluate
-from .layers_by_name import mixer_maker
+from .layers_by_name import mixer_of
 from .meshes import gathered, placed
-from .models import MakeMixer, PairEmbedding, RecallModel
+from .models import PairEmbedding, RecallModel
 from .plans import Plan, as_data, harder
 from .processes import of_first_process
 from .records import record, write_json
@@ -62,7 +62,7 @@ def finish(
         The record; None where the deadline came first.
     """
     plan, began = folder.plan(), time.perf_counter()
-    runs, first, history = folder.load(start(plan, _maker(plan)))
+    runs, first, history = folder.load(start(plan, mixer_of(plan)))
     runs, writes = placed(runs, mesh), jax.process_index() == 0
     pieces = history.setdefault("pieces", [])
     pieces.append([0.0, 0, 0.0])
@@ -132,7 +132,7 @@ def beyond(
         A record of every run's scores by name of the rows, and the rate that validation chose.
     """
     plan, began, trained = folder.plan(), time.perf_counter(), folder.record()
-    runs, step, _ = folder.load(start(plan, _maker(plan)))
+    runs, step, _ = folder.load(start(plan, mixer_of(plan)))
     hardest = plan.course.segments[-1].rows
     width = runs.models.norm.shape[0] // plan.heads
     cases = {"as in training": (runs.models, hardest)}
@@ -163,10 +163,6 @@ def _that_see(models: RecallModel, rows: Rows) -> RecallModel:
     if isinstance(embedding, PairEmbedding) and isinstance(rows, AssociativeRecall):
         return replace(models, embedding=replace(embedding, overlap=rows.overlap))
     return models
-
-
-def _maker(plan: Plan) -> MakeMixer:
-    return mixer_maker(plan.layer, plan.heads, as_zoology=plan.as_zoology, expansion=plan.expansion)
 
 
 def _test_seeds(plan: Plan) -> list[int]:

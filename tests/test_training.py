@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -20,7 +21,7 @@ from recall.cli import main
 from recall.courses import Course, Segment, held_out, questions
 from recall.disturbances import disturbed
 from recall.evaluation import calibration_error, evaluate
-from recall.layers_by_name import mixer_maker
+from recall.layers_by_name import mixer_maker, mixer_of
 from recall.models import token_model
 from recall.mqar import UNLABELLED
 from recall.new_model import write_new_model
@@ -130,6 +131,13 @@ def test_harder_rows_hold_twice_as_many_pairs_as_a_memory_has_keys():
 
 
 # -- what is learned -----------------------------------------------------------------------------
+
+
+def test_tokens_pass_short_convolutions_and_pairs_of_vectors_do_not():
+    tokens, pairs = zoology_plan("mqar", "bayesian_layer"), tiny("bayesian_layer")
+    for plan, convolved in ((tokens, True), (pairs, False)):
+        mixer: Any = mixer_of(plan)(16, jax.random.key(0))
+        assert (mixer.sources["key"].convolution is not None) == convolved
 
 
 def test_projections_begin_small_as_upstreams_do():
