@@ -28,7 +28,7 @@ from recall.new_model import write_new_model
 from recall.plans import Plan, as_data, from_data, harder, small_plan, small_rows, zoology_plan
 from recall.run import _that_see
 from recall.run_folder import RunFolder
-from recall.seeds import over_seeds, shown
+from recall.seeds import best_rate, over_seeds, shown
 from recall.sweep import summary
 from recall.tasks.associative import AssociativeRecall
 from recall.tasks.catalogue import TASKS, Batch, draw
@@ -131,6 +131,21 @@ def test_harder_rows_hold_twice_as_many_pairs_as_a_memory_has_keys():
 
 
 # -- what is learned -----------------------------------------------------------------------------
+
+
+def test_of_rates_that_are_right_equally_often_the_surest_is_best():
+    plan = replace(tiny(), rates=(1e-3, 1e-2, 1e-1), seeds=(0, 1))
+    accuracies, errors = (0.9, 1.0, 1.0), (0.1, 0.2, 0.3)
+
+    def scores(errors):
+        return [
+            {"accuracy": right, "calibration_error": error}
+            for right, error in zip(accuracies, errors, strict=True)
+            for _ in plan.seeds
+        ]
+
+    assert best_rate(plan, {"rows": scores(errors)}) == 1e-2
+    assert best_rate(plan, {"rows": scores(errors[::-1])}) == 1e-1
 
 
 def test_tokens_pass_short_convolutions_and_pairs_of_vectors_do_not():
