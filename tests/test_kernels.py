@@ -255,6 +255,18 @@ def test_simulated_segments_and_their_gradients_are_the_definition(dtype, monkey
     assert "RACE" not in capfd.readouterr().out
 
 
+def test_the_compiler_does_not_know_one_decay_for_all_tokens():
+    """On a GPU it would find their cumulative sums, for which it takes half a minute."""
+
+    def both():
+        decay, never = jnp.full((4, 256), -0.1), jnp.zeros((4, 256), bool)
+        return rates(decay, decay, never, decay)
+
+    assert "optimization_barrier" in jax.jit(both).lower().as_text()
+    found = both()
+    np.testing.assert_allclose(found.alpha[0, :16], np.exp(-0.1 * np.arange(1, 17)), rtol=1e-6)
+
+
 def test_how_many_segments_a_sequence_is_cut_into():
     """One wave of programs on 132 multiprocessors; few where joining them would take longer."""
     assert segments.count(rows=16, chunks=512) == 8

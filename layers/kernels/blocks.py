@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from .mosaic import BLOCK
@@ -63,6 +64,7 @@ def rates(
         added: variance before the write: q, or all of it where a document starts.
         kept: λ of a restoration; None for 1.
     """
+    log_decay = unknown(log_decay)
     total, document = sums(log_decay, starts, BLOCK)
     ratios = ratios_within(total, document)
     alpha = jnp.where(document == 0, jnp.exp(total), 0)
@@ -91,11 +93,31 @@ def sums(
     """Log decay since the start of each part of the sequence, and documents started since.
 
     A document's first token has log decay 0: its own decay acts on the prior.
+
+    Args:
+        log_decay: `unknown`.
+        starts: where documents start.
+        length: tokens of a part.
     """
     shape = (*log_decay.shape[:-1], -1, length)
     steps = jnp.maximum(jnp.where(starts, 0, log_decay), SMALLEST_LOG_DECAY)
-    document = jnp.cumsum(starts.astype(steps.dtype).reshape(shape), axis=-1)
-    return jnp.cumsum(steps.reshape(shape), axis=-1), document
+    return jnp.cumsum(steps.reshape(shape), axis=-1), started(starts.reshape(shape))
+
+
+def started(starts: Bool[Array, "*row part token"]) -> Float[Array, "*row part token"]:
+    """Documents started since the start of each part, as a sum that is 0 at once where none do."""
+    length = starts.shape[-1]
+    earlier = jnp.tril(jnp.ones((length, length), bool))
+    return jnp.sum(jnp.where(earlier & starts[..., None, :], jnp.float32(1), 0), axis=-1)
+
+
+def unknown(rate: Array) -> Array:
+    """The same, which the compiler may not know.
+
+    Of a rate that is left out, or one for all tokens, XLA would find the cumulative sums while it
+    compiles, and takes half a minute to.
+    """
+    return lax.optimization_barrier(rate)
 
 
 def ratios_within(
@@ -111,7 +133,7 @@ def ratios_within(
 
 def kept_sums(kept: Numbers, length: int) -> Float[Array, "*row part token"]:
     """Log λ summed since the start of each part of the sequence."""
-    steps = jnp.maximum(jnp.log(kept), SMALLEST_LOG_KEPT)
+    steps = jnp.maximum(jnp.log(unknown(kept)), SMALLEST_LOG_KEPT)
     return jnp.cumsum(steps.reshape(*kept.shape[:-1], -1, length), axis=-1)
 
 

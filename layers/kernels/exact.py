@@ -11,7 +11,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float
 
 from . import reverse, segments, wide
-from .blocks import kept_sums, kept_within, rates, ratios_within, sums
+from .blocks import kept_sums, kept_within, rates, ratios_within, sums, unknown
 from .forward import CHUNK, WIDTH, filter_blocks, split
 from .restored import of_kept as cotangent_of_kept
 
@@ -163,7 +163,7 @@ def _forward(head: Head, values: int, interpret: bool, whole: bool):
 
 def _backward(values: int, interpret: bool, whole: bool, residuals, of: Filtered):
     head, kept, last_covariance, last_mean = residuals
-    total, document = sums(head.log_decay, head.starts, CHUNK)
+    total, document = sums(unknown(head.log_decay), head.starts, CHUNK)
     ratios = ratios_within(total, document)
     added, squared = head.added.reshape(-1, CHUNK), ratios**2
     faded = None

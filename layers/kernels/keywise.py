@@ -39,7 +39,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float
 
 from . import mosaic
-from .blocks import SMALLEST_LOG_DECAY
+from .blocks import SMALLEST_LOG_DECAY, started, unknown
 from .covariance import CHUNK, COVARIANCE_PIECES, WIDTH, across, pieces_of
 from .forward import MEAN_PIECES, SAVED_PIECES, split
 from .mosaic import BLOCK, COLUMNS, ROWS, along_columns, along_rows, pairs, pieces
@@ -100,9 +100,9 @@ def prepare(
     def by_token(array):
         return array.reshape(*shape[:-1], *array.shape[len(shape) :])
 
+    log_decay = unknown(log_decay)
     steps = jnp.maximum(jnp.where(starts[..., None], 0, log_decay), SMALLEST_LOG_DECAY)
-    total = jnp.cumsum(by_block(steps), axis=-2)
-    document = jnp.cumsum(by_block(starts).astype(total.dtype), axis=-1)
+    total, document = jnp.cumsum(by_block(steps), axis=-2), started(by_block(starts))
     same = (document[..., :, None] == document[..., None, :]) & jnp.tril(
         jnp.ones((BLOCK, BLOCK), bool)
     )
