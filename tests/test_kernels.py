@@ -11,6 +11,7 @@ from scan_cases import Case, draw_initial, draw_stream
 
 from layers.kernels import device_refusal, kernel_scan, mosaic, refusal, reverse, segments
 from layers.kernels.blocks import rates
+from layers.kernels.joining import join_ends
 from layers.kernels.sweep import sweep
 from layers.rules import Diagonal, Exact, Restored
 from layers.scans import filter_scan
@@ -213,6 +214,35 @@ def test_a_simulated_sweep_finds_what_the_whole_recursion_finds_for_the_start(ca
     assert "RACE" not in capfd.readouterr().out
 
 
+def test_simulated_cotangents_pass_through_segments_as_defined(capfd):
+    """Four of two rows, by numbers drawn at random; places of more segments stay empty."""
+    rng = np.random.default_rng(0)
+    rows, parts = 2, 4
+    own_mean, own_covariance = 0.3 * rng.normal(size=(2, rows, parts, 64, 64))
+    last_mean, last_covariance = 0.3 * rng.normal(size=(2, rows, 64, 64))
+    loops = np.zeros((rows, 5, 2, 64, 64))
+    loops[:, : parts - 1] = 0.1 * rng.normal(size=(rows, parts - 1, 2, 64, 64))
+    own_covariance, last_covariance = (
+        part + part.swapaxes(-1, -2) for part in (own_covariance, last_covariance)
+    )
+    given = [own_mean.reshape(-1, 64, 64), own_covariance.reshape(-1, 64, 64), loops]
+    given = [jnp.asarray(part, "float32") for part in (*given, last_mean, last_covariance)]
+    found = join_ends(*given, parts, interpret=True)
+    means, covariances = [last_mean, own_mean[:, -1]], [last_covariance, own_covariance[:, -1]]
+    for part in range(parts - 2, 0, -1):
+        closed, crossed = loops[:, part, 0], loops[:, part, 1]
+        faded = means[-1] @ closed.swapaxes(1, 2)
+        turned = crossed.swapaxes(1, 2) @ faded
+        kept = closed @ covariances[-1] @ closed.swapaxes(1, 2)
+        means.append(faded + own_mean[:, part])
+        of_covariance = kept + (turned + turned.swapaxes(1, 2)) / 2
+        covariances.append(of_covariance + own_covariance[:, part])
+    for part, reference in zip(found, (means, covariances), strict=True):
+        whole = np.stack(reference[::-1], axis=1).reshape(-1, 64, 64)
+        assert np.linalg.norm(part - whole) < 2e-5 * np.linalg.norm(whole)
+    assert "RACE" not in capfd.readouterr().out
+
+
 FALLING = np.linspace(1, 0, 20, dtype="float32")
 """Restoration from exact to reset."""
 
@@ -373,13 +403,13 @@ def lowered(case: Case, dtype: str, dial=None) -> tuple[int, int]:
 
 
 def test_segments_lower_for_cuda(monkeypatch):
-    """Three of two chunks: four kernels more, of which one joins them within a loop."""
+    """Three of two chunks: five kernels more, of which two join them."""
     monkeypatch.setattr(segments, "most", lambda chunks: 3)
     arguments, starts = draw(Case(350, 64, 64, decay="scalar", drift="scalar"), "bfloat16")
     with mosaic.lowering_mesh():
         lowered = jax.jit(differentiated(kernel_scan)).trace(arguments, starts)
         text = lowered.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("mosaic_gpu_v2") == 7
+    assert text.count("mosaic_gpu_v2") == 8
 
 
 FITTING = Case(20, 64, 64, decay="scalar", drift="scalar", starts=(3,))

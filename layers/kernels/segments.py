@@ -8,10 +8,11 @@ S segments, about as many as fill the card:
 3. `kernels.forward` filters all segments side by side from there.
 
 **Joining.** An element says of its start what 64 values with keys R and noise 1 would, where
-RᵀR = J. So `kernels.forward` itself finds what the belief that enters becomes: from mean I and P,
-over 64 such values of 0, it returns Υ = (I + J P)⁻¹ and P⁺ = P Υ, and M⁺ = M Υ + η P⁺. No matrix is
-inverted. R comes from the kernel too (`roots`): from covariance J, scaled to a diagonal of 1, it
-eliminates unit keys, and the whitened covariances that it leaves are rows of R. Their noise
+RᵀR = J. So what filters tokens finds what the belief that enters becomes: from mean I and P, over
+64 such values of 0, come Υ = (I + J P)⁻¹ and P⁺ = P Υ, and M⁺ = M Υ + η P⁺. No matrix is inverted.
+`kernels.joining` does so for all segments of a head in one program. R comes from the filter's
+kernel too (`roots`): from covariance J, scaled to a diagonal of 1, it eliminates unit keys, and the
+whitened covariances that it leaves are rows of R. Their noise
 δ = 1e-5 keeps pivots positive that rounding might not (J's is some 1e-6), and takes from the
 information of a direction at most δ of that of the coordinates. Where the memory drifts or decays
 so little information lasts that starts have the digits of a filter token by token, or more; where
@@ -30,8 +31,8 @@ $$ \bar M = \bar M'\Psi^\top + \text{own},\quad
 first, and `reverse.recur` passes all segments side by side from there.
 
 **How many.** A chunk of 64 tokens takes about 12 µs in the elements' pass and 14 in the filter's; a
-segment's place in the joining 50. So rows × S is at most one wave of programs, and S at most √(N/2)
-for N chunks. S divides N, which `padded` makes easy; from 3 segments on it pays.
+segment's place in the joining some 20. So rows × S is at most one wave of programs, and S at most
+√(N/2) for N chunks. S divides N, which `padded` makes easy; from 3 segments on it pays.
 """
 
 from functools import partial
@@ -40,14 +41,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
+
+from layers.precision import exact_product
 
 from . import reverse
-from .blocks import Rates, rates
+from .blocks import Rates
 from .covariance import CHUNK, WIDTH
-from .elements import Element, elements
+from .elements import elements
 from .forward import filter_blocks
+from .joining import join_ends, join_starts
+from .mosaic import BLOCK
 from .sweep import sweep
 
 FEWEST = 3
@@ -126,41 +130,16 @@ def starts(
     parts = jax.tree.map(partial(cut, segments=segments), given)
     found = elements(cut(key, segments), cut(value, segments), parts, interpret=interpret)
 
-    def by_segment(array: Array) -> Array:
-        by_row = array.reshape(-1, segments, *array.shape[1:])
-        return jnp.moveaxis(by_row[:, :-1], 1, 0)
+    root = roots(found.information, interpret)
+    covariances, means, closed, informed = join_starts(
+        found, root, covariance, mean, segments, interpret=interpret
+    )
 
-    found = jax.tree.map(by_segment, found)
-    information = found.information
-    root = roots(information.reshape(-1, WIDTH, WIDTH), interpret).reshape(information.shape)
-    rows = len(covariance)
-    unit = jnp.broadcast_to(jnp.eye(WIDTH), (rows, WIDTH, WIDTH))
-    nothing, tokens = jnp.zeros_like(unit), _unit_tokens(rows, 1.0)
+    def first(array: Array) -> Array:
+        return array.reshape(-1, segments, *array.shape[1:])[:, :-1]
 
-    def through(belief: tuple[States, States], moment: tuple[Element, States]):
-        covariance, mean = belief
-        element, root = moment
-        heard = filter_blocks(
-            root, nothing, nothing, tokens, covariance, unit, save=False, interpret=interpret
-        )
-        shrunk, posterior = heard["last_mean"], _symmetric(heard["last_covariance"])
-        # Products with the same right operand are made together.
-        told = jnp.concatenate([mean, element.evidence], axis=2)
-        informed = _product(told, jnp.concatenate([shrunk, posterior], axis=1))
-        left = jnp.concatenate([informed, posterior, shrunk], axis=1)
-        moved_mean, moved, closed = jnp.split(_product(left, element.moved), 3, axis=1)
-        after = _product(element.moved.mT, moved) + element.covariance
-        crossed = element.evidence - _product(informed, element.information)
-        next_belief = _symmetric(after), moved_mean + element.mean
-        return next_belief, (*next_belief, Loops(closed, crossed))
-
-    _, (covariances, means, loops) = lax.scan(through, (covariance, mean), (found, root))
-
-    def by_row(first: States, rest: Array) -> PerSegment:
-        return jnp.moveaxis(jnp.concatenate([first[None], rest]), 0, 1)
-
-    loops = jax.tree.map(lambda part: jnp.moveaxis(part, 0, 1), loops)
-    return by_row(covariance, covariances), by_row(mean, means), loops
+    crossed = first(found.evidence) - exact_product(informed, first(found.information))
+    return covariances, means, Loops(closed, crossed)
 
 
 def roots(information: States, interpret: bool = False) -> States:
@@ -208,46 +187,19 @@ def ends(
         segments: how many.
         interpret: whether kernels are simulated on a CPU.
     """
-    lasts = of_last_mean, of_last_covariance
-
-    def by_row(state: Float[Array, "part key key"]) -> PerSegment:
-        return state.reshape(-1, segments, WIDTH, WIDTH)
-
     # What is asked of the last segment's end, and nothing of the others'.
     before = [(0, 0), (segments - 1, 0), (0, 0), (0, 0)]
+    lasts = of_last_mean, of_last_covariance
     alone = (jnp.pad(last[:, None], before).reshape(-1, WIDTH, WIDTH) for last in lasts)
-    own = [by_row(state) for state in sweep(*asked, *alone, interpret=interpret)]
-    inner = slice(1, segments - 1)
-    loop = loops[:, inner]
-    moments = [part[:, inner] for part in own] + [loop[:, :, 0], loop[:, :, 1]]
-
-    def through(of_end: tuple[States, States], moment: list[States]):
-        own_mean, own_covariance, closed, crossed = moment
-        faded = _product(jnp.concatenate(of_end, axis=1), closed.mT)
-        turned = _product(jnp.concatenate([crossed.mT, closed], axis=2), faded)
-        of_start = faded[:, :WIDTH] + own_mean, _symmetric(turned) + own_covariance
-        return of_start, of_start
-
-    first = own[0][:, -1], own[1][:, -1]
-    by_segment = [jnp.moveaxis(part, 1, 0) for part in moments]
-    _, earlier = lax.scan(through, first, by_segment, reverse=True)
-
-    def joined(rest: Array, *later: States) -> Float[Array, "part key key"]:
-        whole = jnp.concatenate([rest, *(state[None] for state in later)])
-        return jnp.moveaxis(whole, 0, 1).reshape(-1, WIDTH, WIDTH)
-
-    return joined(earlier[0], first[0], lasts[0]), joined(earlier[1], first[1], lasts[1])
+    own = sweep(*asked, *alone, interpret=interpret)
+    return join_ends(*own, loops, *lasts, segments, interpret=interpret)
 
 
 def _unit_tokens(rows: int, noise: float) -> Rates:
     """Rates of 64 tokens that neither decay nor drift."""
-    zero = jnp.zeros((rows, CHUNK))
-    never: Bool[Array, "row time"] = jnp.zeros((rows, CHUNK), bool)
-    return rates(jnp.full((rows, CHUNK), noise), zero, never, zero)
-
-
-def _product(left: Array, right: Array) -> Array:
-    return jnp.matmul(left, right, precision="highest")
+    one = jnp.ones((rows, CHUNK))
+    ratios = jnp.tile(jnp.tril(jnp.ones((BLOCK, BLOCK))), (rows, CHUNK // BLOCK, 1))
+    return Rates(noise * one, one, 0 * one, one, one, ratios)
 
 
 def _symmetric(square: Array) -> Array:
