@@ -511,6 +511,7 @@ def recur(
         out |= asked_of_kept(rows, time, WIDTH)
     form = mosaic.operands_of(WIDTH // SHARES)
     operand = mosaic.SMEM((1, PIECES, *SQUARE), jnp.bfloat16, transforms=form)
+    turned = mosaic.SMEM((2, PIECES, *SQUARE), jnp.bfloat16, transforms=form)
     given = mosaic.SMEM((1, depth, *SQUARE), jnp.bfloat16, transforms=form)
     run = mosaic.kernel(
         partial(_recur, names=tuple(out), chunks=chunks, interpret=interpret),
@@ -519,10 +520,11 @@ def recur(
         [
             given,
             given,
-            *[operand] * 11,
+            *[turned] * 2,
+            *[operand] * 7,
             mosaic.SMEM((2, *numbers.shape[2:]), f32),
-            mosaic.barrier(num_arrivals=2 * depth),
-            mosaic.barrier(num_arrivals=5 * PIECES),
+            mosaic.barrier(num_arrivals=2 * depth + 3 * PIECES),
+            mosaic.barrier(num_arrivals=2 * PIECES),
             mosaic.barrier(num_arrivals=1, num_barriers=2),
             mosaic.barrier(num_arrivals=SHARES),
         ],
@@ -574,13 +576,21 @@ def _recur(*refs, names, chunks, interpret):
     def fetch_numbers(c, slot):
         mosaic.copy_in(numbers_in.at[row, c], vectors.at[slot], numbered.at[slot])
 
+    def hand(c, slot):
+        """Bring B and Θ of a chunk, to where the one after it has left what it needs no more."""
+        for source, target in zip(pieced[:2], buffers[2:4], strict=True):
+            for piece in range(PIECES):
+                mosaic.copy_in(source.at[row, c, piece], target.at[slot, piece], handed)
+
     @pl.when(share == 0)
     def _():
         fetch_numbers(chunks - 1, 0)
+        hand(chunks - 1, 0)
 
     def chunk(step, carry):
         of_mean_end, of_covariance_end = carry
         c = chunks - 1 - step
+        before = jnp.maximum(c - 1, 0)
         tokens, slot = pl.ds(c * CHUNK, CHUNK), lax.rem(step, 2)
         numbers = numbers_of(vectors.at[slot])
 
@@ -597,10 +607,9 @@ def _recur(*refs, names, chunks, interpret):
             for source, target in ((key, buffers[0].at[0]), (query, buffers[1].at[0])):
                 for piece in range(target.shape[0]):
                     mosaic.copy_in(source.at[row, piece, tokens], target.at[piece], arrived)
-            for source, target in zip(pieced, buffers[2:7], strict=True):
+            for source, target in zip(pieced[2:], buffers[4:7], strict=True):
                 for piece in range(PIECES):
-                    mosaic.copy_in(source.at[row, c, piece], target.at[0, piece], handed)
-            before = jnp.maximum(c - 1, 0)
+                    mosaic.copy_in(source.at[row, c, piece], target.at[0, piece], arrived)
 
             @pl.when(c > 0)
             def _():
@@ -618,17 +627,14 @@ def _recur(*refs, names, chunks, interpret):
             out["ends"].at[row, c, :, here.columns][...] = of_covariance_end
             through = through * jnp.exp(numbers.faded[CHUNK - 1])
         only = opaque_zero(vectors, slot)
-        places = [Pieces(ref.at[only]) for ref in buffers]
-        keys, queries, weights, spreads, reads, mean, covariance, *places = places
-        of_means, of_covariances, of_values, joints, given, squares = places
+        places = [Pieces(ref.at[only]) for ref in (*buffers[:2], *buffers[4:])]
+        keys, queries, reads, mean, covariance, of_values, joints, given, squares = places
+        weights, spreads = (Pieces(ref.at[slot + only]) for ref in buffers[2:4])
+        of_covariances, of_means = (Pieces(ref.at[1 - slot + only]) for ref in buffers[2:4])
         cotangent = here.load(of_mean.at[row, tokens])
         of_value, of_joint = here.load(of_value_in.at[row, c]), here.load(of_joint_in.at[row, c])
-        for place, matrix in (
-            (of_means, of_mean_end),
-            (of_covariances, of_covariance_end),
-            (given, fade * cotangent),
-        ):
-            here.put(place.ref, matrix)
+        here.put(of_means.ref, of_mean_end)
+        here.put(of_covariances.ref, of_covariance_end)
         mosaic.barrier_wait(handed)
         mosaic.meet(met, interpret)
         guided = here.times((spreads, of_means))
@@ -641,6 +647,12 @@ def _recur(*refs, names, chunks, interpret):
         here.put(of_values.ref, -fade * of_value)
         of_tied = here.along(numbers.end) * (guided - 2 * spread)
         mosaic.meet(met, interpret)
+
+        @pl.when(jnp.logical_and(share == 0, c > 0))
+        def _():
+            hand(before, 1 - slot)
+
+        here.put(given.ref, fade * cotangent)
         if numbers.faded is None:
             between = here.times((squares, weights.T), (weights, squares.T))
         else:
