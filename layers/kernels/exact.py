@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float
 
@@ -206,7 +207,7 @@ def _backward(values: int, interpret: bool, whole: bool, residuals, of: Filtered
     at_last = jnp.sum(last_mean * of.last_mean)
     at_last = at_last + 2 * jnp.sum(last_covariance * of_last_covariance)
     moved = found["moved"].reshape(-1, CHUNK) - 2 * added * of_added
-    since = jnp.flip(jnp.cumsum(jnp.flip(moved, -1), axis=-1), -1)
+    since = lax.cumsum(moved, axis=1, reverse=True)
     of_log_decay = (since + at_ends(found["scale"], at_last)[:, None]).reshape(-1)
     of_kept = None
     if faded is not None:

@@ -313,6 +313,14 @@ def _local(
                 to = target.at[slot if early else 0, piece]
                 mosaic.copy_in(source.at[row, piece, tokens], to, arrived.at[slot])
 
+    def surprises(tokens):
+        own = pl.ds(width + here.first, WIDTH // SHARES)
+        return mosaic.load(whitened.at[row, tokens, own])
+
+    def given_by(tokens):
+        uncovered, cotangent = whitened.at[row, tokens], of_mean.at[row, tokens]
+        return surprises(tokens), broad.load(uncovered), here.load(cotangent)
+
     @pl.when(here.first == 0)
     def _():
         fetch(at(0), 0)
@@ -324,13 +332,6 @@ def _local(
         def leave(ref, matrix):
             ref.at[row, chunk, :, here.columns][...] = matrix
 
-        def covariances():
-            return broad.load(whitened.at[row, tokens])
-
-        def surprises():
-            own = pl.ds(width + here.first, WIDTH // SHARES)
-            return mosaic.load(whitened.at[row, tokens, own])
-
         def fetch_next():
             @pl.when(jnp.logical_and(here.first == 0, step + 1 < steps))
             def _():
@@ -339,8 +340,7 @@ def _local(
                 for ref in (whitened, of_mean):
                     mosaic.prefetch(ref.at[row, after], interpret)
 
-        surprise, uncovered = surprises(), covariances()
-        cotangent = here.load(of_mean.at[row, tokens])
+        surprise, uncovered, cotangent = given_by(tokens) if wide else carry
 
         @pl.when(here.first == 0)
         def _():
@@ -395,7 +395,7 @@ def _local(
             here.put(lasting.ref, inverse * here.lasting(numbers))
         here.put(reads.ref, inner)
         mosaic.meet(met, interpret)
-        uncovered, surprise = covariances(), surprises()
+        uncovered, surprise = broad.load(whitened.at[row, tokens]), surprises(tokens)
         if numbers.faded is None:
             here.put(spare.ref, here.times((inverses.T, reads), (inverses.T, reads.T)))
         else:
@@ -414,6 +414,8 @@ def _local(
         mosaic.meet(met, interpret)
         here.put(spare.ref, surprise)
         here.put(lowered.ref, of_read)
+        if not wide:  # the next chunk's are waited for while the tensor cores are at work
+            carry = given_by(pl.ds(at(step + 1) * CHUNK, CHUNK))
         weight = broad.times((inverses.T, faded))
         if not wide:
             broad.put(weights.ref, weight)
@@ -433,7 +435,7 @@ def _local(
         return carry
 
     steps = -(-chunks // parts)
-    lax.fori_loop(0, steps, through_chunk, None)
+    lax.fori_loop(0, steps, through_chunk, None if wide else given_by(pl.ds(part * CHUNK, CHUNK)))
     mosaic.wait_out(0)
 
 
