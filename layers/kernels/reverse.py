@@ -355,14 +355,16 @@ def _local(
         only = opaque_zero(vectors, slot)
         place = slot if early else only
         places = [keys_in.at[place], queries_in.at[place], *(ref.at[only] for ref in operands)]
-        keys, queries, moved, spare, given, reads, inverses, *others = map(Pieces, places)
+        keys, queries, moved, spare, asked, reads, given, *others = map(Pieces, places)
+        # Places of what has been read are taken by what comes next: fewer meetings.
+        factors, inverses, inners = asked, reads, asked
         # L⁻¹ with λ besides, where covariances are restored.
         lasting = inverses if numbers.faded is None else others.pop()
         # Where values are fewer than keys, what has a column a key has its own place.
-        lowered, faded, weights = (*others, moved, moved) if wide else (moved, reads, given)
+        lowered, faded, weights = (*others, moved, moved) if wide else (moved, inners, given)
         broad.put(moved.ref, uncovered)
         here.put(spare.ref, surprise)
-        here.put(given.ref, cotangent)
+        here.put(asked.ref, cotangent)
         mosaic.meet(met, interpret)
         ratios = here.ratios(numbers)
         factor = here.times((keys, moved.T)) * ratios
@@ -371,12 +373,11 @@ def _local(
         mosaic.meet(met, interpret)
         if not early:
             fetch_next()
-        of_surprise = here.times((reads.T, given)) - here.along(numbers.of_evidence) * surprise
+        of_surprise = here.times((reads.T, asked)) - here.along(numbers.of_evidence) * surprise
+        here.put(given.ref, of_surprise)
         if numbers.faded is not None:
             read = read * here.lasting(numbers)
-        of_read = here.times((given, spare.T)) - 2 * here.along(numbers.of_variance) * read
-        mosaic.meet(met, interpret)
-        here.put(given.ref, of_surprise)
+        of_read = here.times((asked, spare.T)) - 2 * here.along(numbers.of_variance) * read
         here.put(lowered.ref, here.lower(of_read))
         mosaic.meet(met, interpret)
         if numbers.faded is None:
@@ -386,20 +387,19 @@ def _local(
             inner = inner + here.halved_above(here.times((reads.T, lowered)))
         evidence = here.diagonal(here.along(numbers.of_evidence))
         inner = inner + evidence * (values / 2)
-        mosaic.meet(met, interpret)
         inverse = _invert(
-            factor, numbers.inverse_deviation, here, blocks, reads, inverses, spare, met
+            factor, numbers.inverse_deviation, here, blocks, factors, inverses, spare, met
         )
         here.put(inverses.ref, inverse)
         if numbers.faded is not None:
             here.put(lasting.ref, inverse * here.lasting(numbers))
-        here.put(reads.ref, inner)
+        here.put(inners.ref, inner)
         mosaic.meet(met, interpret)
         uncovered, surprise = broad.load(whitened.at[row, tokens]), surprises(tokens)
         if numbers.faded is None:
-            here.put(spare.ref, here.times((inverses.T, reads), (inverses.T, reads.T)))
+            here.put(spare.ref, here.times((inverses.T, inners), (inverses.T, inners.T)))
         else:
-            here.put(spare.ref, here.times((inverses.T, reads)))
+            here.put(spare.ref, here.times((inverses.T, inners)))
         mosaic.meet(met, interpret)
         broad.put(faded.ref, broad.along(numbers.end) * uncovered)
         # Ḡ is minus half the product, and its lower triangle off the diagonal counts twice.
@@ -422,12 +422,12 @@ def _local(
         mosaic.meet(met, interpret)
         if wide:
             broad.put(weights.ref, weight)
-        here.put(reads.ref, here.times((lasting.T, spare)))
+        here.put(inners.ref, here.times((lasting.T, spare)))
         mosaic.meet(met, interpret)
 
         @pl.when(here.first == 0)
         def _():
-            outputs = (weights, weights_out), (reads, explained_out), (lowered, of_read_out)
+            outputs = (weights, weights_out), (inners, explained_out), (lowered, of_read_out)
             for place, ref in outputs:
                 for piece in range(PIECES):
                     mosaic.copy_out(place.ref.at[piece], ref.at[row, chunk, piece])
