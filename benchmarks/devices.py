@@ -34,8 +34,9 @@ from jaxtyping import Array
 from layers import BayesianLayer, Stream, filter_scan, initial_belief, sharded_scan
 from layers.communication import Traffic, counted, predicted
 from layers.elements import Element, apply, combine
+from layers.exchange import GATHERED
 from layers.rules import Exact
-from layers.sharded import DATA, GATHERED, HEADS, SEQUENCE, element_of, split_axis
+from layers.sharded import DATA, HEADS, SEQUENCE, element_of, split_axis
 from recall.records import keeper
 
 from .kernels import Shape, streams

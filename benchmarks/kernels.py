@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -197,12 +197,18 @@ def accuracy(shape: Shape, label: str, dtype: str, config: Config, seed: int) ->
         )
 
 
-def torch_peers(shapes: Sequence[Shape]) -> list[dict[str, Any]]:
-    """Timings by `benchmarks.torch_peers`, in a process of its own on the same GPU."""
+def torch_peers(shapes: Sequence[Shape]) -> Iterator[dict[str, Any]]:
+    """Timings by `benchmarks.torch_peers`, in a process of its own on the same GPU, as they come.
+
+    Triton tries every configuration of every peer first, which takes minutes.
+    """
     words = (",".join(map(str, asdict(shape).values())) for shape in shapes)
     command = [sys.executable, "-m", "benchmarks.torch_peers", *words]
-    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):
+                yield json.loads(line)
 
 
 def _error(found: Array, expected: Array) -> float:
@@ -219,9 +225,6 @@ def run(config: Config, seed: int, progress: Callable[[dict[str, Any]], None]) -
         for label, function in contenders(shape, config).items():
             timings.append(asdict(timed(shape, label, function, stream, config)))
             progress({"timings": timings, "errors": errors})
-    if importlib.util.find_spec("fla") is not None:
-        timings += torch_peers(config.shapes)
-        progress({"timings": timings, "errors": errors})
     first, second, wide = config.shapes
     cases = (
         (first, OURS, "bfloat16"),
@@ -235,6 +238,10 @@ def run(config: Config, seed: int, progress: Callable[[dict[str, Any]], None]) -
     for case in cases:
         errors.append(asdict(accuracy(*case, config, seed)))
         progress({"timings": timings, "errors": errors})
+    if importlib.util.find_spec("fla") is not None:
+        for timing in torch_peers(config.shapes):
+            timings.append(timing)
+            progress({"errors": errors, "timings": timings})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

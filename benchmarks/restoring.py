@@ -10,7 +10,6 @@ The same again goes on where it was stopped (`--minutes`). OUT/summary.json hold
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -19,7 +18,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from scipy import stats
 
 from recall.checkpoints.folder import read_checkpoint
 from recall.language.distillation import Distillation, distill
@@ -32,6 +30,7 @@ from recall.language_options import absolute, add_text_options, devices_of, mixt
 from recall.option_types import amount
 from recall.records import record, write_json
 from recall.ruler.scores import interval
+from recall.seeds import over_seeds
 from recall.text.corpus import asked_rows
 from recall.text.documents import read_documents
 from recall.text.needles import FORMS, sources_of
@@ -288,11 +287,9 @@ class _Known:
 
 
 def _over_seeds(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, and the half width of its 95 % interval over seeds (Student's)."""
-    half = math.nan
-    if len(values) > 1:
-        half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-    return {"mean": float(np.mean(values)), "half_width": half, "seeds": list(values)}
+    """Mean, and the half width of its 95 % interval over seeds."""
+    mean, half = over_seeds(values)
+    return {"mean": mean, "half_width": half, "seeds": list(values)}
 
 
 def _show(name: str):

@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parent.parent / "results"
 class Config:
     """Draws of keys in each regime, and the seed of all of them."""
 
-    draws: int = 5_000
+    draws: int = 10_000
     seed: int = 0
 
 
@@ -68,7 +68,8 @@ def run(config: Config) -> dict[str, Any]:
     drawn = [one for one in everything if one.standard_error]
     for form, found in by_form.items():
         worst = max(found, key=lambda one: one.apart)
-        print(f"{form}: worst {worst.apart:.2g} ({worst.quantity}, {worst.regime})")
+        chance = f"standard error {_relative(worst):.1g}"
+        print(f"{form}: worst {worst.apart:.2g}, {chance} ({worst.quantity}, {worst.regime})")
     return {
         "regimes": REGIMES,
         "comparisons": len(everything),

@@ -19,19 +19,22 @@ the only solves are between devices.
 **Between devices** (N of them, E numbers an element: 3 K² + 2 V K when exact): each takes in all
 elements, (N − 1) E numbers in one round, up to `GATHERED` devices, and beyond it those of a tree,
 in 1 + ⌈log₂(N − 1)⌉ rounds of E numbers. Gradients send as many back, in reverse.
-`layers.communication` has the formulas, and counts what
-compiled programs send.
+`layers.communication` has the formulas, and counts what compiled programs send.
+
+**Kernels.** On GPUs that take them the exact filter does all this by kernels (`kernels.devices`)
+where it drifts or decays, with one number a token for each, and keys are at most 64 wide. Elsewhere
+what a part does is found in XLA, and the part is filtered by a kernel if there is one: with neither
+drift nor decay the kernels' elements have too few digits, and there are none of wider keys, of
+rates per key and of `Restored`.
 
 Source: Särkkä & García-Fernández (2021), IEEE TAC 66(1); Blelloch (1990) for scans.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -39,7 +42,8 @@ from .additive import Superposition, additive_scan
 from .chunks import chunk_length, cut, join
 from .delta import Writes, delta_scan
 from .elements import Element, apply, combine
-from .kernels import Backend, device_refusal, refusal
+from .exchange import before
+from .kernels import Backend, chosen, device_refusal, kept_whole, kernel_scan, refusal
 from .precision import MeanDtype, cast, exact_product, state_dtype
 from .rules import Additive, Exact, Reset, Restored, Rule
 from .scans import (
@@ -58,9 +62,6 @@ from .stream import Belief, Reading, Stream, one_by_one, per_key
 
 SEQUENCE, HEADS, DATA = "sequence", "heads", "data"
 """Mesh axes along which layers are split: time, heads, and rows of a batch."""
-
-GATHERED = 4
-"""Devices up to which all elements are gathered: a tree would send no less, in more rounds."""
 
 
 def sharded_scan(
@@ -87,7 +88,7 @@ def sharded_scan(
         initial: belief before the first token; the prior where left out.
         algorithm: within each device.
         dtype: of the operands of products that carry values.
-        backend: of the filter within each device.
+        backend: within each device, as for `filter_scan`.
 
     Returns:
         The belief after the last token, and readings that stay where their tokens are; with
@@ -176,11 +177,14 @@ def _kept(primitive, *inputs, **parameters) -> bool:
 
 def _part(stream, prior_variance, rule, initial, axis, devices, algorithm, dtype, backend):
     """The belief after a device's part, and the part's readings."""
-    # Kernels do not give a part's map; on their devices the tree over its chunks is as fast.
-    plain = refusal(stream, initial, prior_variance, rule, algorithm) or device_refusal()
-    by_kernel = plain is None and backend != "xla"
+    reason = refusal(stream, initial, prior_variance, rule, algorithm) or device_refusal()
+    by_kernel = chosen(backend, reason)
+    if devices > 1 and by_kernel and not kept_whole(stream, prior_variance, rule):
+        assert isinstance(rule, Exact)
+        return kernel_scan(stream, initial, prior_variance, rule, axis=axis)
     start = initial
     if devices > 1:
+        # On the kernels' devices the tree over a part's chunks is as fast.
         start = _start(
             stream, prior_variance, rule, initial, axis, "parallel" if by_kernel else algorithm
         )
@@ -209,9 +213,7 @@ def _start(stream, prior_variance, rule, initial: Belief, axis: str, algorithm) 
         element = element_of(stream, prior, rule, algorithm)
         assert initial.covariance is not None
         state = initial.mean, initial.covariance
-        mean, covariance = before(
-            axis, element, combine, lambda part, now: apply(part, *now), state
-        )
+        mean, covariance = before(axis, element, combine, _after, state)
         if isinstance(rule, Exact):
             return Belief(mean, covariance)
     log_decay = None if stream.log_decay is None else per_key(stream.log_decay)
@@ -302,50 +304,3 @@ def _additive_start(stream: Stream, initial: Belief, prior: Belief, axis: str, a
         return first[0] * second[0], after(second, first[1])
 
     return before(axis, (kept, Belief(written, added)), in_turn, after, initial)
-
-
-# -- between devices -----------------------------------------------------------------------------
-
-
-def before[Map, State](
-    axis: str,
-    own: Map,
-    combine: Callable[[Map, Map], Map],
-    apply: Callable[[Map, State], State],
-    initial: State,
-) -> State:
-    """The state that a device's part starts with, inside `jax.shard_map`.
-
-    Args:
-        axis: whose devices hold the parts in order.
-        own: what the device's part does.
-        combine: what two parts do in turn.
-        apply: the state after a part, of the state before it.
-        initial: before the first part.
-    """
-    devices, place = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
-    if devices <= GATHERED:
-        every = jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, axis), own)
-        states = [initial]
-        for part in range(devices - 1):
-            states.append(
-                apply(jax.tree.map(lambda leaf, part=part: leaf[part], every), states[-1])
-            )
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves)[place], *states)
-    earlier, reach = _from_before(own, axis, 1), 1
-    while reach < devices - 1:
-        farther = combine(_from_before(earlier, axis, reach), earlier)
-        earlier = _where(place > reach, farther, earlier)
-        reach *= 2
-    return _where(place > 0, apply(earlier, initial), initial)
-
-
-def _from_before[Tree](tree: Tree, axis: str, distance: int) -> Tree:
-    """What the device so many places before holds; zeros where there is none."""
-    ways = [(place, place + distance) for place in range(jax.lax.axis_size(axis) - distance)]
-    message, read = ravel_pytree(tree)
-    return read(jax.lax.ppermute(message, axis, ways))
-
-
-def _where[Tree](condition: Array, first: Tree, second: Tree) -> Tree:
-    return jax.tree.map(lambda one, other: jnp.where(condition, one, other), first, second)

@@ -141,7 +141,7 @@ assert max(worst) < 1e-12
 #
 # $$ \frac{h}{1 + h}, \qquad r h^2 + (r + N/K - 1)\,h - 1 = 0. $$
 #
-# `exact_crowd` adds to this, the limit of wide keys, its first correction for keys of $K$ entries.
+# `exact_crowd` adds to this, the limit of wide keys, what keys of $K$ entries change about it.
 
 # %%
 crowds, draws = np.array([4, 8, 16, 32, 64, 128, 256, 512]), 12

@@ -132,21 +132,19 @@ def _segment(segment: Segment, seed: int, filler: bool) -> Questions:
 def _shown(rows: Rows, examples: int, seed: int, filler_seed: int | None) -> Questions:
     """Questions about what rows decide: the next token at every position drowns it in chance."""
     filler_seed = filler_seed if isinstance(rows, Zoology) else None
-    return questions(draw(rows, examples, seed, filler_seed=filler_seed))
+    return questions(draw(rows, examples, seed, filler_seed=filler_seed), rows.most_asked)
 
 
 def held_out(rows: Rows, examples: int, seed: int, filler: bool = True) -> Questions:
     """Questions about rows that training does not draw."""
     filler_seed = seed + 1 if filler and isinstance(rows, Zoology) else None
-    return questions(draw(rows, examples, seed, filler_seed=filler_seed))
+    return questions(draw(rows, examples, seed, filler_seed=filler_seed), rows.most_asked)
 
 
-def questions(batch: Batch) -> Questions:
-    """Gather what is asked; rows with fewer questions are filled up with weight 0."""
+def questions(batch: Batch, most: int) -> Questions:
+    """Gather what is asked, at most so much of a row; what a row lacks has weight 0."""
     asked = batch.labels != UNLABELLED
-    counts = asked.sum(axis=1)
-    width = int(counts.max()) if len(set(counts.tolist())) == 1 else batch.labels.shape[1]
-    places = np.argsort(~asked, axis=1, kind="stable")[:, :width]
+    places = np.argsort(~asked, axis=1, kind="stable")[:, :most]
     weights = np.take_along_axis(asked, places, axis=1)
     answers = np.where(weights, np.take_along_axis(batch.labels, places, axis=1), 0)
     return Questions(

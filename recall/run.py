@@ -23,6 +23,7 @@ from .plans import Plan, as_data, harder
 from .processes import of_first_process
 from .records import record, write_json
 from .run_folder import RunFolder
+from .seeds import best_rate
 from .tasks.associative import AssociativeRecall
 from .tasks.catalogue import Rows
 from .training import start, train
@@ -112,14 +113,25 @@ def finish(
 
 
 def beyond(
-    folder: RunFolder, examples: int, harder_too: bool, stage: Stage = lambda name: None
+    folder: RunFolder,
+    examples: int,
+    harder_too: bool,
+    stage: Stage = lambda name: None,
+    command: str = "",
 ) -> dict[str, Any]:
     """Scores of a trained run on rows as in training, and past what it showed or disturbed.
 
+    Args:
+        folder: of the run.
+        examples: rows of each kind.
+        harder_too: whether rows past training are asked for.
+        stage: called as each kind begins.
+        command: that makes the record again.
+
     Returns:
-        By name of the rows, every run's scores.
+        A record of every run's scores by name of the rows, and the rate that validation chose.
     """
-    plan = folder.plan()
+    plan, began, trained = folder.plan(), time.perf_counter(), folder.record()
     runs, step, _ = folder.load(start(plan, _maker(plan)))
     hardest = plan.course.segments[-1].rows
     width = runs.models.norm.shape[0] // plan.heads
@@ -129,12 +141,20 @@ def beyond(
             cases[name] = _that_see(runs.models, rows), rows
         for name, models in disturbed(runs.models, len(plan.runs), hardest).items():
             cases[name] = models, hardest
+    if trained is None:
+        stage("validation")
+        validation = _scores(runs.models, plan, _seeds(VALIDATION_SEED, plan))
+    else:
+        validation = trained["metrics"]["validation"]
     found = {}
     for name, (models, rows) in cases.items():
         stage(name)
         asked = held_out(rows, examples, TEST_SEED, plan.course.filler)
         found[name] = [asdict(score) for score in evaluate(models, asked)]
-    return {"step": step, "scores": found}
+    metrics = {"step": step, "rate": best_rate(plan, validation), "scores": found}
+    seconds = time.perf_counter() - began
+    config = as_data(plan) | {"examples": examples}
+    return record(config, metrics, command=command, seed=list(plan.seeds), seconds=seconds)
 
 
 def _that_see(models: RecallModel, rows: Rows) -> RecallModel:

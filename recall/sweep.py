@@ -24,8 +24,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from design_models import ModelError
 
 from .plans import (
@@ -40,6 +38,7 @@ from .plans import (
 )
 from .run import finish
 from .run_folder import RunFolder
+from .seeds import best_rate, of_rate
 from .tasks.catalogue import TASKS
 
 _KINDS: dict[str, type] = {
@@ -135,22 +134,13 @@ def run_sweep(
 
 def summary(plan: Plan, metrics: Mapping[str, Any]) -> Line:
     """The line of a layer: the rate is chosen on validation rows, and reported on test rows."""
-    rates = np.array([rate for rate, _ in plan.runs])
-
-    def accuracies(part: str) -> dict[str, np.ndarray]:
-        return {
-            name: np.array([score["accuracy"] for score in found])
-            for name, found in metrics[part].items()
-        }
-
-    overall = np.mean(list(accuracies("validation").values()), axis=0)
-    best = max(plan.rates, key=lambda rate: float(np.mean(overall[rates == rate])))
+    best = best_rate(plan, metrics["validation"])
     return Line(
         plan.layer,
         plan.d_model,
         metrics["parameters"],
         best,
-        {name: found[rates == best].tolist() for name, found in accuracies("test").items()},
+        {name: of_rate(plan, "accuracy", found, best) for name, found in metrics["test"].items()},
         metrics["tokens_per_second"],
     )
 

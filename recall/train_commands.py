@@ -171,11 +171,12 @@ def run_eval(request: argparse.Namespace) -> tuple[int, Any]:
     from .run_folder import RunFolder
     from .training_reports import beyond_table, honesty_table
 
-    folder = RunFolder(request.run)
+    folder, command = RunFolder(request.run), shlex.join(["mbd", *sys.argv[1:]])
     with jax.enable_x64(False), ProgressBar() as bar:
-        found = beyond(folder, request.examples, request.beyond, bar.stage)
-    console().print(beyond_table(folder.plan(), found["scores"]))
-    honesty = honesty_table(folder.plan(), found["scores"])
+        found = beyond(folder, request.examples, request.beyond, bar.stage, command)
+    told = folder.plan(), found["metrics"]["rate"], found["metrics"]["scores"]
+    console().print(beyond_table(*told))
+    honesty = honesty_table(*told)
     if honesty.row_count:
         console().print(honesty)
     return 0, found

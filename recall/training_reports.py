@@ -7,25 +7,30 @@ import numpy as np
 from rich.table import Table
 
 from .plans import Plan
+from .seeds import of_rate, shown
 from .sweep import Line
+
+Scores = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Of every run, by name of the rows."""
 
 
 def training_table(plan: Plan, metrics: Mapping[str, Any]) -> Table:
-    """Test accuracy of every run on every kind of rows."""
+    """Test accuracy of every run on every kind of rows, and their mean, which Zoology reports."""
     title = f"{plan.task}: {plan.layer}, width {plan.d_model}, {metrics['parameters']:,} parameters"
     table = Table(title=title, title_justify="left")
-    for heading in ("rate", "seed", "final loss", *plan.tests):
+    for heading in ("rate", "seed", "final loss", *plan.tests, "mean"):
         table.add_column(heading, justify="right")
     for place, (rate, seed) in enumerate(plan.runs):
         accuracies = [found[place]["accuracy"] for found in metrics["test"].values()]
+        accuracies.append(sum(accuracies) / len(accuracies))
         cells = (f"{accuracy:.3f}" for accuracy in accuracies)
         table.add_row(f"{rate:g}", str(seed), f"{metrics['final_loss'][place]:.3f}", *cells)
     return table
 
 
-def beyond_table(plan: Plan, scores: Mapping[str, Sequence[Mapping[str, float]]]) -> Table:
-    """Accuracy, calibration and abstention of every run, kind of rows by kind of rows."""
-    table = Table(title=f"{plan.task}: {plan.layer}", title_justify="left")
+def beyond_table(plan: Plan, rate: float, scores: Scores) -> Table:
+    """Accuracy, calibration and abstention over seeds, kind of rows by kind of rows."""
+    table = Table(title=_of_seeds(plan, rate), title_justify="left")
     headings = {
         "accuracy": "accuracy",
         "calibration_error": "calibration error",
@@ -35,16 +40,12 @@ def beyond_table(plan: Plan, scores: Mapping[str, Sequence[Mapping[str, float]]]
     }
     _add_columns(table, headings)
     for rows, found in scores.items():
-        for score, (rate, seed) in zip(found, plan.runs, strict=True):
-            cells = (
-                "–" if score[name] != score[name] else f"{score[name]:.3f}" for name in headings
-            )
-            table.add_row(rows, f"{rate:g}", str(seed), *cells)
+        table.add_row(rows, *(shown(of_rate(plan, name, found, rate)) for name in headings))
     return table
 
 
-def honesty_table(plan: Plan, scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
-    """Calibration of every run's memory, kind of rows by kind of rows, where it predicts values."""
+def honesty_table(plan: Plan, rate: float, scores: Scores) -> Table:
+    """Calibration of the memory over seeds, kind of rows by kind, where it predicts values."""
     table = Table(
         title=f"what the memory of {plan.layer} says of the values asked for",
         title_justify="left",
@@ -63,20 +64,22 @@ def honesty_table(plan: Plan, scores: Mapping[str, Sequence[Mapping[str, Any]]])
     }
     _add_columns(table, headings)
     for rows, found in scores.items():
-        for score, (rate, seed) in zip(found, plan.runs, strict=True):
-            if score["memory"] is not None:
-                cells = (f"{score['memory'][name]:.3g}" for name in headings)
-                table.add_row(rows, f"{rate:g}", str(seed), *cells)
+        if all(score["memory"] is not None for score in found):
+            told = [score["memory"] for score in found]
+            parts = (of_rate(plan, name, told, rate) for name in headings)
+            table.add_row(rows, *(shown(part, ".3g") for part in parts))
     return table
 
 
 def sweep_table(lines: Sequence[Line]) -> Table:
-    """Mean test accuracy over seeds, and its spread, at each layer's best rate."""
-    table = Table(title="test accuracy, mean ± deviation over seeds", title_justify="left")
-    for heading in ("layer", "width", "parameters", "best rate", *lines[0].accuracy, "tokens/s"):
+    """Test accuracy over seeds, at each layer's best rate."""
+    table = Table(title="test accuracy, mean ± 95 % interval over seeds", title_justify="left")
+    kinds = *lines[0].accuracy, "mean"
+    for heading in ("layer", "width", "parameters", "best rate", *kinds, "tokens/s"):
         table.add_column(heading, justify="left" if heading == "layer" else "right")
     for line in lines:
-        cells = (f"{np.mean(part):.3f} ± {np.std(part):.3f}" for part in line.accuracy.values())
+        by_kind = list(line.accuracy.values())
+        cells = map(shown, [*by_kind, np.mean(by_kind, axis=0).tolist()])
         table.add_row(
             line.layer,
             str(line.d_model),
@@ -88,9 +91,13 @@ def sweep_table(lines: Sequence[Line]) -> Table:
     return table
 
 
+def _of_seeds(plan: Plan, rate: float) -> str:
+    many = len(plan.seeds) > 1
+    return f"{plan.task}: {plan.layer}, rate {rate:g}" + ", mean ± 95 % interval over seeds" * many
+
+
 def _add_columns(table: Table, headings: Mapping[str, str]) -> None:
-    """Which run and rows a line is about, then its numbers."""
-    for heading in ("rows", "rate", "seed"):
-        table.add_column(heading)
+    """Which rows a line is about, then its numbers."""
+    table.add_column("rows")
     for heading in headings.values():
         table.add_column(heading, justify="right")

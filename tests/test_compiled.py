@@ -144,7 +144,14 @@ RULES = {
 }
 """A recurrence of every rule, and the form it takes."""
 
-MORE = ("deltaproduct", "mesanet", "kalman_delta_isotropic", "longhorn")
+MORE = (
+    "gla",
+    "deltaproduct",
+    "mesanet",
+    "kalman_delta_isotropic",
+    "kalman_delta_diagonal",
+    "longhorn",
+)
 """Rules whose scans tests/test_scans.py differentiates in every form."""
 
 

@@ -1,5 +1,6 @@
 """Kernels against the filter token by token in float64: in the simulator, lowered, and on a GPU."""
 
+import re
 from dataclasses import replace
 from functools import cache
 
@@ -7,14 +8,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from scan_cases import Case, draw_initial, draw_stream
 
-from layers.kernels import device_refusal, kernel_scan, mosaic, refusal, reverse, segments
+from layers import communication, elements, exchange, sharded
+from layers.kernels import (
+    device_refusal,
+    kept_whole,
+    kernel_scan,
+    mosaic,
+    refusal,
+    reverse,
+    segments,
+)
 from layers.kernels.blocks import rates
+from layers.kernels.elements import Element
 from layers.kernels.joining import join_ends
 from layers.kernels.sweep import sweep
 from layers.rules import Diagonal, Exact, Restored
 from layers.scans import filter_scan
+from layers.sharded import sharded_scan
 from layers.stream import Belief, Stream
 
 PRIOR = 0.9
@@ -67,6 +80,13 @@ def outputs(arguments: dict, starts, form) -> dict:
 
 def by_token(stream, initial, prior, rule=EXACT):
     return filter_scan(stream, prior, rule, initial=initial, algorithm="token")
+
+
+def over_devices(mesh: Mesh | AbstractMesh):
+    def form(stream, initial, prior, rule=EXACT):
+        return sharded_scan(stream, prior, rule, initial=initial, mesh=mesh)
+
+    return form
 
 
 def simulated(stream, initial, prior, rule=EXACT):
@@ -147,6 +167,7 @@ def test_simulated_values_of_128_rows_and_their_gradients_are_the_definition():
     assert_within(found, expected(arguments, starts), "bfloat16")
 
 
+@pytest.mark.exhaustive
 def test_simulated_values_of_keys_128_wide_and_their_gradients_are_the_definition():
     case = Case(9, 128, 64, decay="scalar", drift="scalar", starts=(3,))
     arguments, starts = draw(case, "bfloat16")
@@ -154,6 +175,7 @@ def test_simulated_values_of_keys_128_wide_and_their_gradients_are_the_definitio
     assert_within(found, expected(arguments, starts), "bfloat16")
 
 
+@pytest.mark.exhaustive  # test_segments_in_a_tree... has its algebra
 def test_what_enters_a_simulated_segment_is_the_definition(capfd):
     """The second of two chunks, and how the first passes on changes of what entered it."""
     arguments, _ = draw(Case(128, 64, 64, decay="scalar", drift="scalar"), "bfloat16")
@@ -220,17 +242,17 @@ def test_simulated_cotangents_pass_through_segments_as_defined(capfd):
     rows, parts = 2, 4
     own_mean, own_covariance = 0.3 * rng.normal(size=(2, rows, parts, 64, 64))
     last_mean, last_covariance = 0.3 * rng.normal(size=(2, rows, 64, 64))
-    loops = np.zeros((rows, 5, 2, 64, 64))
-    loops[:, : parts - 1] = 0.1 * rng.normal(size=(rows, parts - 1, 2, 64, 64))
+    loops = np.zeros((2, rows, 5, 64, 64))
+    loops[:, :, : parts - 1] = 0.1 * rng.normal(size=(2, rows, parts - 1, 64, 64))
     own_covariance, last_covariance = (
         part + part.swapaxes(-1, -2) for part in (own_covariance, last_covariance)
     )
-    given = [own_mean.reshape(-1, 64, 64), own_covariance.reshape(-1, 64, 64), loops]
+    given = [own_mean.reshape(-1, 64, 64), own_covariance.reshape(-1, 64, 64), *loops]
     given = [jnp.asarray(part, "float32") for part in (*given, last_mean, last_covariance)]
     found = join_ends(*given, parts, interpret=True)
     means, covariances = [last_mean, own_mean[:, -1]], [last_covariance, own_covariance[:, -1]]
     for part in range(parts - 2, 0, -1):
-        closed, crossed = loops[:, part, 0], loops[:, part, 1]
+        closed, crossed = loops[:, :, part]
         faded = means[-1] @ closed.swapaxes(1, 2)
         turned = crossed.swapaxes(1, 2) @ faded
         kept = closed @ covariances[-1] @ closed.swapaxes(1, 2)
@@ -265,6 +287,7 @@ def test_a_simulated_restoration_across_chunks_is_the_definition(keys, monkeypat
     assert "RACE" not in capfd.readouterr().out
 
 
+@pytest.mark.exhaustive
 def test_simulated_rates_per_key_and_their_gradients_are_the_definition(capfd):
     case = Case(20, 64, 64, decay="key", drift="key", starts=(3,))
     arguments, starts = draw(case, "float32")
@@ -274,15 +297,118 @@ def test_simulated_rates_per_key_and_their_gradients_are_the_definition(capfd):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize(("segments_each", "start"), [(1, 40), (2, 200)])
+def test_a_simulated_sequence_over_devices_is_the_definition(segments_each, start, monkeypatch):
+    """A row a device, since the simulator runs on one; documents cross borders."""
+    devices = 1 + segments_each
+    monkeypatch.setattr(segments, "most", lambda chunks, tree=False: segments_each)
+    monkeypatch.setattr(segments, "FEWEST", 2)
+    time = 64 * segments_each * devices
+    case = Case(time, 64, 64, decay="scalar", drift="scalar", starts=(start,))
+    arguments, starts = draw(case, "bfloat16")
+    gradients, values = expected(arguments, starts)
+    by_token = {"key", "value", "query", "noise", "log_decay", "drift"}
+
+    def by_device(tree):
+        return jax.tree.map(lambda part: part.reshape(devices, -1, *part.shape[1:]), tree)
+
+    def told(shared, parts, starts):
+        def form(stream, initial, prior, rule):
+            return kernel_scan(stream, initial, prior, rule, axis="sequence", interpret=True)
+
+        return outputs(shared | parts, starts, form)
+
+    def device(shared, parts, starts, weights):
+        found, pull = jax.vjp(lambda *given: told(*given, starts), shared, parts)
+        return found, *pull(weights)
+
+    weights = jax.grad(weigh)(jax.tree.map(lambda part: jnp.asarray(part, "float32"), values))
+    lasts = {name: weights.pop(name) for name in ("last mean", "last covariance")}
+    before = [(0, 0), (0, 0)]
+    weights = by_device(weights) | {
+        name: jnp.pad(part[None], [(devices - 1, 0), *before]) for name, part in lasts.items()
+    }
+    shared = {name: part for name, part in arguments.items() if name not in by_token}
+    parts = by_device({name: part for name, part in arguments.items() if name in by_token})
+    mapped = jax.vmap(device, in_axes=(None, 0, 0, 0), axis_name="sequence")
+    found, of_shared, of_parts = jax.jit(mapped)(shared, parts, by_device(starts), weights)
+    joined = {name: part.reshape(-1, *part.shape[2:]) for name, part in (found | of_parts).items()}
+    for name in lasts:
+        joined[name] = found[name][-1]
+    joined |= {name: part.sum(axis=0) for name, part in of_shared.items()}
+    both = ({name: joined[name] for name in part} for part in (gradients, values))
+    assert_within(tuple(both), (gradients, values), "bfloat16")
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_simulated_segments_and_their_gradients_are_the_definition(dtype, monkeypatch, capfd):
     """Three, of one chunk each; documents start in the second, which forgets what entered."""
-    monkeypatch.setattr(segments, "most", lambda chunks: 3)
+    monkeypatch.setattr(segments, "most", lambda chunks, tree=False: 3)
     case = Case(150, 64, 64, decay="scalar", drift="scalar", starts=(70,))
     arguments, starts = draw(case, dtype)
     found = differentiated(simulated)(arguments, starts)
     assert_within(found, expected(arguments, starts), dtype)
     assert "RACE" not in capfd.readouterr().out
+
+
+def dense_blocks(key, value, query, rates, covariance, mean, **named):
+    """`filter_blocks` of tokens that neither decay nor drift, whose values are 0, by a factor."""
+    factor = jnp.linalg.cholesky(
+        key @ covariance @ key.mT + rates.noise[:, :, None] * jnp.eye(key.shape[1])
+    )
+    moved, surprise = (jnp.linalg.solve(factor, key @ part) for part in (covariance, mean.mT))
+    return {
+        "whitened": jnp.concatenate([moved, -surprise], axis=2),
+        "last_covariance": covariance - moved.mT @ moved,
+        "last_mean": mean - surprise.mT @ moved,
+    }
+
+
+def test_segments_in_a_tree_do_and_ask_what_they_do_in_turn(monkeypatch):
+    """In float64: elements, what they make of a belief, and its derivative."""
+    monkeypatch.setattr(segments, "filter_blocks", dense_blocks)
+    monkeypatch.setattr(segments, "ROOT_NOISE", 1e-13)
+    rng = np.random.default_rng(0)
+    rows, count, width = 2, 5, 64
+    with jax.enable_x64(True):
+
+        def drawn():
+            return jnp.asarray(rng.normal(size=(rows, count, width, width)) / width**0.5)
+
+        def definite():
+            root = drawn()
+            return root @ root.mT + 0.1 * jnp.eye(width)
+
+        each = Element(drawn(), drawn(), definite(), drawn(), definite())
+        mean, covariance = drawn()[:, 0], definite()[:, 0]
+        of_mean, of_covariance = drawn(), definite()
+
+        def in_turn(mean, covariance):
+            """What enters every segment."""
+            states = []
+            for place in range(count):
+                states.append((mean, covariance))
+                moved, *rest = (part[:, place] for part in each)
+                part = elements.Element(moved.mT, *rest)
+                mean, covariance = elements.apply(part, mean, covariance)
+            return jax.tree.map(lambda *parts: jnp.stack(parts, axis=1), *states)
+
+        @jax.jit
+        def by_tree(mean, covariance):
+            until = segments.running(each, segments.combined)
+            covariances, means = segments.begun(until, covariance, mean, count)
+            loops = segments.loops_of(each, covariances, means)
+            asked = segments.Asked(*loops, of_mean, of_covariance)
+            asked = segments.running(asked, lambda later, own: own.before(later), backwards=True)
+            return (means, covariances), (asked.of_mean[:, 0], asked.of_covariance[:, 0])
+
+        entering, pull = jax.vjp(jax.jit(in_turn), mean, covariance)
+        found = by_tree(mean, covariance)
+        of_start = pull((of_mean, of_covariance))
+        reference = entering, (of_start[0], (of_start[1] + of_start[1].mT) / 2)
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(reference), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-9 * np.abs(other).max())
 
 
 def test_the_compiler_does_not_know_one_decay_for_all_tokens():
@@ -303,6 +429,8 @@ def test_how_many_segments_a_sequence_is_cut_into():
     assert segments.count(rows=128, chunks=64) == 1
     assert segments.count(rows=1, chunks=512) == 16
     assert segments.count(rows=16, chunks=4) == 1
+    assert segments.count(rows=4, chunks=1024) == 16
+    assert segments.count(rows=4, chunks=1024, tree=True) == 32
     for time in (1, 64, 65, 4096, 4097, 12345, 32769, 100003):
         padded = segments.padded(time)
         assert padded % 64 == 0
@@ -402,14 +530,32 @@ def lowered(case: Case, dtype: str, dial=None) -> tuple[int, int]:
     return gradient, alone
 
 
+@pytest.mark.exhaustive  # these kernels are those of the test below
 def test_segments_lower_for_cuda(monkeypatch):
     """Three of two chunks: five kernels more, of which two join them."""
-    monkeypatch.setattr(segments, "most", lambda chunks: 3)
+    monkeypatch.setattr(segments, "most", lambda chunks, tree=False: 3)
     arguments, starts = draw(Case(350, 64, 64, decay="scalar", drift="scalar"), "bfloat16")
     with mosaic.lowering_mesh():
         lowered = jax.jit(differentiated(kernel_scan)).trace(arguments, starts)
         text = lowered.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu_v2") == 8
+
+
+@pytest.mark.parametrize("segments_each", [1, pytest.param(3, marks=pytest.mark.exhaustive)])
+def test_a_sequence_over_devices_lowers_for_cuda(segments_each, monkeypatch):
+    """Joining, of two kernels, is in each of four places, of which one has segments alone."""
+    monkeypatch.setattr(segments, "most", lambda chunks, tree=False: segments_each)
+    monkeypatch.setattr(sharded, "device_refusal", lambda: None)
+    case = Case(2 * 3 * 64, 64, 64, decay="scalar", drift="scalar", starts=(7,))
+    arguments, starts = draw(case, "bfloat16")
+    device = mosaic.lowering_device()
+    mesh = AbstractMesh((2,), ("sequence",), (AxisType.Auto,), abstract_device=device)
+    program = jax.jit(differentiated(over_devices(mesh))).trace(arguments, starts)
+    text = program.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu_v2") == 9 + (4 if segments_each > 1 else 0)
+    sent = re.findall(r"all_gather.*x(\d+)xf32>\) ->", text)
+    element = communication.predicted(EXACT, 2, value=64, key=64).numbers
+    assert sent == [str(element), str(element - 64**2)]
 
 
 FITTING = Case(20, 64, 64, decay="scalar", drift="scalar", starts=(3,))
@@ -452,6 +598,18 @@ def test_what_kernels_cover_is_not_refused():
     assert refused(replace(wider, decay="key")) is None
     assert refused(replace(wider, drift="key"), dtype="bfloat16") is None
     assert refused(FITTING, prior_variance=jnp.ones(64)) is None
+
+
+def test_maps_of_parts_that_kernels_do_not_find_are_left_to_xla():
+    """Restored, of many keys, of rates per key, and where nothing fades: too few digits."""
+    dial = Restored(jnp.asarray(0.5))
+    fading = replace(FITTING, drift="none")
+    whole = [(replace(fading, decay="none"), EXACT), (replace(FITTING, key=72), EXACT)]
+    whole += [(FITTING, dial), (replace(FITTING, drift="key"), EXACT)]
+    for case, rule in whole:
+        assert kept_whole(draw_stream(case, dtype="float32"), PRIOR, rule)
+    for case in (FITTING, fading, replace(FITTING, decay="none", value=128, observations=2)):
+        assert not kept_whole(draw_stream(case, dtype="float32"), PRIOR, EXACT)
 
 
 @pytest.mark.skipif(device_refusal() is None, reason="this device takes kernels")
@@ -625,6 +783,34 @@ def test_segments_of_several_heads_on_a_gpu():
         for index, scale in enumerate((1, -1, 2)):
             gap = np.linalg.norm(np.asarray(part[index] - scale * other, np.float64))
             assert gap <= 1e-5 * max(np.linalg.norm(other), 1e-30)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("gathered", [4, 1])
+@pytest.mark.parametrize(
+    "case",
+    [
+        FULL,
+        LONG,
+        replace(LONG, starts=(), weakest=-0.01),
+        replace(LONG, decay="none"),
+        replace(LONG, drift="none", weakest=-0.01, starts=()),
+        replace(LONG, time=1500, value=128, observations=2),
+        Case(2048, 24, 40, decay="scalar", drift="scalar"),
+    ],
+)
+def test_a_sequence_over_gpus(case, gathered, dtype, monkeypatch):
+    """Values and every gradient, by kernels alone; all GPUs, of which four divide every time."""
+    monkeypatch.setattr(exchange, "GATHERED", gathered)
+    devices = jax.devices()[: 4 if len(jax.devices()) >= 4 else 2]
+    mesh = jax.make_mesh((len(devices),), ("sequence",), (AxisType.Auto,), devices=devices)
+    arguments, starts = draw(case, dtype)
+    program = jax.jit(differentiated(over_devices(mesh))).lower(arguments, starts)
+    assert "mosaic_gpu" in program.as_text()
+    assert "getrf" not in program.as_text()  # which elements in XLA need
+    assert_within(program.compile()(arguments, starts), expected(arguments, starts), dtype)
 
 
 @pytest.mark.gpu

@@ -112,7 +112,7 @@ CASES = [
         *case,
         marks=[
             pytest.mark.xdist_group(f"precision {case[1:]}"),  # share results
-            *([pytest.mark.exhaustive] * (case[2] == 16)),
+            *([pytest.mark.exhaustive] * (case[0] is chunked)),
         ],
     )
     for case in (

@@ -9,6 +9,7 @@ import pytest
 
 from design_models import ModelError
 from inference import retrieval
+from inference.retrieval.direction import mean_share, reach
 from recall import predict_command, prediction, trained
 from recall.cli import main
 from recall.layers_by_name import mixer_maker
@@ -61,6 +62,32 @@ def test_the_grid_catches_the_limit_of_wide_keys_at_narrow_ones(monkeypatch):
     assert max(apart) > 0.02
 
 
+@pytest.mark.parametrize(
+    ("name", "regime"),
+    [
+        ("exact_crowd", {"target": 4, "others": 8, "width": 16, "noise": 0.1}),
+        (
+            "forgetting_crowd",
+            {"target": 3, "others": 8, "width": 16, "noise": 0.1, "last": True}
+            | {"decay": 0.99, "drift": 0.02},
+        ),
+        (
+            "fading_crowd",
+            {"target": 1, "others": 8, "width": 16, "noise": 0.1, "rate": 0.98, "last": True},
+        ),
+        ("exact_stream", {"others": 24, "width": 16, "clean": 0.1, "noisy": 4.0}),
+    ],
+    ids=str,
+)
+def test_small_crowds_intrude_as_simulated(name, regime):
+    """An expansion in the fluctuations of kᵀA⁻¹k is 4 to 8 % off here."""
+    form = next(one for one in retrieval_grid.FORMS if one.name == name)
+    drawn = form.simulate(np.random.default_rng(6), 20_000, **regime)["intrusion"]
+    error = drawn.std() / np.sqrt(drawn.size)
+    assert error < 0.008 * drawn.mean()
+    assert abs(form.predict(**regime)["intrusion"] - drawn.mean()) < 3 * error
+
+
 # -- the exact filter in dual form ---------------------------------------------------------------
 
 
@@ -111,6 +138,16 @@ def test_a_stream_of_the_target_alone_is_one_key():
     assert alone.intrusion == pytest.approx(0, abs=1e-12)
 
 
+def test_writes_of_boundless_noise_are_none():
+    noises = np.tile([0.1, 1e12], 12)
+    heard, all_of_them = np.append(noises[::2], 0.1), np.append(noises, 0.1)
+    few, many = (
+        retrieval.exact_stream(np.ones((count, count)), np.arange(count) == count - 1, noise, 16)
+        for count, noise in ((13, heard), (25, all_of_them))
+    )
+    np.testing.assert_allclose(many, few, rtol=1e-9)
+
+
 # -- limits --------------------------------------------------------------------------------------
 
 
@@ -137,6 +174,46 @@ def test_a_crowd_around_wide_keys_is_marchenko_pasturs():
     np.testing.assert_allclose(crowd, limit, rtol=1e-3)
     root = limit.retention / (1 - limit.retention)
     assert 0.1 * root**2 + (0.1 + 1.5 - 1) * root == pytest.approx(1)
+
+
+def over_beta(function, first, second):
+    """Mean over x of density ∝ x^(first − 1) (1 − x)^(second − 1), by x = sin²."""
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+    angle = np.pi / 4 * (nodes + 1)
+    weights *= np.sin(angle) ** (2 * first - 1) * np.cos(angle) ** (2 * second - 1)
+    return weights @ function(np.sin(angle) ** 2) / weights.sum()
+
+
+@pytest.mark.parametrize(("width", "others"), [(16, 8), (7, 2), (400, 100)])
+def test_a_projection_on_what_others_leave_free_is_averaged_exactly(width, others):
+    """B of eigenvalues 1 and 0: h is Beta((K − N)/2, N/2), and F = (1 + y)^(−(K − N)/2)."""
+    free, noise = (width - others) / 2, 0.02
+
+    def kept(place):
+        return -free * place, -free + 0 * place
+
+    end = reach(lambda place: kept(place)[0], width, noise, 1.0, 1 - others / width)
+    share = mean_share(kept, width, noise, 1.0, end)
+    assert share == pytest.approx(over_beta(lambda h: h / (noise + h), free, others / 2), rel=1e-12)
+
+
+def test_a_crowd_of_one_is_averaged_over_its_cosine():
+    width, noise, target = 8, 0.3, 2
+    own = noise / target
+
+    def free(square):
+        return 1 - square / (1 + noise)
+
+    def weight(square):
+        return free(square) / (own + free(square))
+
+    def intruded(square):
+        return square * (own / (1 + noise) / (own + free(square))) ** 2
+
+    found = retrieval.exact_crowd(1, width, noise, target)
+    law = (1 / 2, (width - 1) / 2)
+    assert found.retention == pytest.approx(over_beta(weight, *law), rel=1e-5)
+    assert found.intrusion == pytest.approx(over_beta(intruded, *law), rel=5e-4)
 
 
 def test_a_half_is_left_after_two_widths_and_a_bit():

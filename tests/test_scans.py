@@ -254,7 +254,10 @@ def test_chunks_in_parallel_agree_with_their_tokens(name):
     assert_agree(name, FULL, "parallel")
 
 
-@pytest.mark.parametrize("name", ["additive", "forget", "diagonal", "isotropic"])
+@pytest.mark.parametrize(
+    "name",
+    ["additive", "forget", "diagonal", pytest.param("isotropic", marks=pytest.mark.exhaustive)],
+)
 def test_shared_rates_in_parallel_agree_with_their_tokens(name):
     case = Case(65, starts=(20,), rate=True) if name == "forget" else SHARED
     assert_agree(name, case, "parallel")

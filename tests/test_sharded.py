@@ -7,10 +7,11 @@ import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 from scan_cases import RULES, Case, draw_initial, draw_stream
 
-from layers import communication, sharded
+from layers import communication, exchange
+from layers.exchange import before
 from layers.rules import Additive, Exact, Forget, Reset
 from layers.scans import filter_scan
-from layers.sharded import before, sharded_scan
+from layers.sharded import sharded_scan
 from layers.stream import Belief
 
 pytestmark = pytest.mark.xdist_group("sharded")
@@ -47,7 +48,7 @@ RARER = pytest.param("restored by token", marks=pytest.mark.exhaustive)
 @pytest.mark.parametrize("name", ["exact", "reset", "additive", RARER])
 def test_values_and_every_gradient_are_those_of_one_device(name, monkeypatch):
     case, gathered = CASES[name]
-    monkeypatch.setattr(sharded, "GATHERED", gathered)
+    monkeypatch.setattr(exchange, "GATHERED", gathered)
     mean, *covariance = draw_initial(RULES[name](TIME), case.key, case.value)
     weights = np.random.default_rng(3).normal(size=(TIME, case.value))
 
@@ -77,21 +78,29 @@ def test_values_and_every_gradient_are_those_of_one_device(name, monkeypatch):
             np.testing.assert_allclose(one, other, atol=1e-12 * TIME, rtol=1e-10)
 
 
+@pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize("gathered", [1, DEVICES])
-def test_what_comes_before_a_part_is_that_of_the_parts_before_in_order(gathered, monkeypatch):
-    monkeypatch.setattr(sharded, "GATHERED", gathered)
+def test_what_comes_before_a_part_is_that_of_the_parts_before_in_order(
+    gathered, backwards, monkeypatch
+):
+    monkeypatch.setattr(exchange, "GATHERED", gathered)
     rng = np.random.default_rng(0)
     maps, start = rng.normal(size=(DEVICES, 3, 3)), rng.normal(size=(1, 3))
 
     def part(own):
         follow = jnp.matmul  # which does not commute
-        return before("sequence", own[0], follow, lambda one, now: now @ one, start)[None]
+        after = before(
+            "sequence", own[0], follow, lambda one, now: now @ one, start, backwards=backwards
+        )
+        return after[None]
 
     along = PartitionSpec("sequence")
     split = jax.shard_map(
         part, mesh=mesh_of(DEVICES), in_specs=along, out_specs=along, check_vma=False
     )
     found, expected = jax.jit(split)(maps), [start]
+    if backwards:
+        found, maps = found[::-1], maps[::-1]
     for one in maps[:-1]:
         expected.append(expected[-1] @ one)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
@@ -106,7 +115,7 @@ def test_what_comes_before_a_part_is_that_of_the_parts_before_in_order(gathered,
     ],
 )
 def test_a_compiled_pass_sends_what_the_formulas_say(rule, gathered, kind, monkeypatch):
-    for module in (sharded, communication):
+    for module in (exchange, communication):
         monkeypatch.setattr(module, "GATHERED", gathered)
     stream = draw_stream(Case(DEVICES * 16, key=8, value=6, drift="scalar"), dtype="float32")
 
@@ -120,8 +129,21 @@ def test_a_compiled_pass_sends_what_the_formulas_say(rule, gathered, kind, monke
     assert found.keys() == {kind}
     messages, taken_in = found[kind]
     assert taken_in == 4 * traffic.numbers
-    if kind == "collective-permute":  # XLA gathers the arrays of an element one by one
-        assert messages == traffic.rounds
+    assert messages == traffic.rounds
+
+
+@pytest.mark.parametrize(
+    ("line", "taken_in"),
+    [
+        ("%a = (f32[5,64]{1,0}, f32[2,5,64]{2,1,0}) all-gather-start(%b)", 4 * 5 * 64),
+        ("%a = ((f32[2,64]{1,0}), f32[64]{0}) reduce-scatter-start(%b)", 4 * 64),
+        ("%a = (f32[64]{0}, f32[64]{0}, u32[], u32[]) collective-permute-start(%b)", 4 * 64),
+        ("%a = f32[64]{0} all-reduce-start(%b)", 4 * 64),
+    ],
+)
+def test_messages_that_gpus_begin_are_counted_once(line, taken_in):
+    (found,) = communication.counted(line, devices=2).values()
+    assert found == (1, taken_in)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from dataclasses import replace
 
 import equinox as eqx
@@ -23,12 +24,13 @@ from recall.layers_by_name import mixer_maker
 from recall.models import token_model
 from recall.mqar import UNLABELLED
 from recall.new_model import write_new_model
-from recall.plans import Plan, as_data, from_data, harder, small_plan, zoology_plan
+from recall.plans import Plan, as_data, from_data, harder, small_plan, small_rows, zoology_plan
 from recall.run import _that_see
 from recall.run_folder import RunFolder
+from recall.seeds import over_seeds, shown
 from recall.sweep import summary
 from recall.tasks.associative import AssociativeRecall
-from recall.tasks.catalogue import TASKS, Batch
+from recall.tasks.catalogue import TASKS, Batch, draw
 from recall.tasks.zoology import Zoology
 from recall.training import start, train
 
@@ -96,10 +98,20 @@ def test_the_published_model_has_no_output_gate_and_gated_deltanet_wide_values()
 def test_rows_of_unequal_questions_are_filled_up_with_weight_zero():
     labels = np.full((2, 5), UNLABELLED)
     labels[0, [1, 3]], labels[1, 4] = [7, 8], 9
-    asked = questions(Batch(np.zeros((2, 5), int), labels))
+    asked = questions(Batch(np.zeros((2, 5), int), labels), 3)
     for row, expected in enumerate(({1: 7, 3: 8}, {4: 9})):
         told = zip(asked.places[row], asked.answers[row], asked.weights[row], strict=True)
         assert {place: answer for place, answer, weight in told if weight} == expected
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_rows_ask_no_more_than_they_say(name):
+    """All shapes are those of the law, so that no draw needs a program of its own."""
+    rows = small_rows(TASKS[name])
+    asked = held_out(rows, 64, 3)
+    labels = draw(rows, 64, 3, filler_seed=4 if isinstance(rows, Zoology) else None).labels
+    assert asked.places.shape == (64, rows.most_asked)
+    np.testing.assert_array_equal(asked.weights.sum(axis=1), (labels != UNLABELLED).sum(axis=1))
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -308,7 +320,9 @@ def test_a_run_is_trained_recorded_plotted_and_evaluated(task, layer, wish, tmp_
     assert again["metrics"]["test"] == record["metrics"]["test"]
     told = tmp_path / "eval.json"
     assert main(["eval", str(out), "--beyond", "--examples", "8", "--json", str(told)]) == 0
-    scores = json.loads(told.read_text())["scores"]
+    metrics = json.loads(told.read_text())["metrics"]
+    scores, rate = metrics["scores"], metrics["rate"]
+    assert rate in record["config"]["rates"]
     judged = [score["memory"] is not None for found in scores.values() for score in found]
     assert judged == [task == "collision"] * len(judged)
     assert "as in training" in scores
@@ -407,6 +421,13 @@ def test_the_rate_is_chosen_on_validation_rows():
     }
     line = summary(plan, metrics | {"parameters": 1, "tokens_per_second": 1.0})
     assert (line.rate, line.accuracy) == (1e-2, {"rows": [0.4, 0.5]})
+
+
+def test_seeds_together_are_their_mean_and_its_interval():
+    """Student's 97.5 % point of two degrees of freedom is 4.303."""
+    mean, half = over_seeds([1.0, 2.0, 3.0, math.nan])
+    assert (mean, half) == pytest.approx((2.0, 4.303 / math.sqrt(3)), rel=1e-3)
+    assert [shown(found) for found in ([0.5], [math.nan])] == ["0.500", "–"]
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,15 @@ the *intrusion* of others is theirs: their sum for one other key, the sum of the
 |---|---|---|---|
 | `one_key` | one key is written n times | algebra | algebra |
 | `two_keys`, `alternation` | another key of cosine c, after, before, in turn | algebra | algebra |
-| `crowd` | N others with random keys | 1/K, error O(1/K²) | mean, exact |
+| `crowd` | N others with random keys | 1/K², error O(1/K³) | mean, exact |
 | `stream` | the same with decay, drift, unequal noise | 1/K, error O(1/K²) | in `crowd` |
 | `error` | squared error of what is read | in `crowd`, `stream` | mean, exact |
 | `lifetime` | half-lives, capacities | algebra, wide keys | mean, exact |
 
 "algebra" holds for every draw of keys, to rounding; "mean, exact" is of the mean over random keys;
-"1/K" is that mean with its first correction for keys of K entries, derived in `crowd`.
+"1/K" is that mean with its first correction for keys of K entries, "1/K²" with its second. The
+mean over the direction of the target's key, where an expansion fails if the others are few, is
+taken to all orders (`direction`).
 """
 
 from .alternation import Alternated as Alternated

@@ -30,7 +30,33 @@ To second order in their fluctuations δ, with $\bar r = e_T - G c$,
 $$ E\sum w = 1^\top G c - Q(\bar r, G 1),\qquad
    V = P_{TT} - c^\top G c - Q(\bar r, \bar r),\qquad Q(x, y) = E\,x^\top \delta\,G\,\delta\,y, $$
 
-and $\partial V/\partial r$ is the sum of all squared weights, as in `crowd`. The error is O(1/K²).
+and the derivative of V in the others' noise is the sum of their squared weights, as in `crowd`.
+
+**Beyond it.** Where the others are few, $h_{tt}$ of the target at its own times varies by a third,
+and an expansion in its fluctuation z is of little use. Along z, all fluctuations follow by
+regression, $\delta = b z$, $b = \mathrm{cov}(\delta, z)/\mathrm{var}\,z$. If the target's writes
+follow each other and C is Markov, this is not an approximation among its own times: all are known
+through one. Weights and V are then rational in z with one pole, at
+
+$$ z = -w,\qquad w = \frac{\rho^\top G \rho}{\rho^\top G\,b\,G \rho},\quad \rho = b\,\bar r, $$
+
+(the Padé form of the second and third derivative), so that in place of $-Q(x, y)$ stands
+$-Q(x, y) - x^\top b\,G\,b\,y\,(w^3 E[(w + z)^{-1}] - w^2 - \mathrm{var}\,z)$: what `direction` says
+of the mean of $1/(\sigma + h_{tt})$, $\sigma = w - E h_{tt}$, less what Q has of it. (Its h, whose
+mean differs from $E h_{tt}$ by O(1/K²), is scaled to have that mean.) There
+log det(I + y B_tt) is that of the Gram matrices with and without an observation of all entries at t
+with precision y, which leaves the covariance in time
+$C' = C - C_{\cdot t} C_{t \cdot}/(C_{tt} + 1/y)$:
+
+$$ E\Lambda = K \ln(1 + y C_{tt}) + \Phi(C') - \Phi(C),\quad \Phi = K \ln\det(I + C R/K) -
+   \sum_i (\ln R_i + 1 - r_i R_i) + \tfrac12 \ln\det(I - \Psi) + \mathrm{tr}\,\Psi, $$
+$$ \mathrm{cov} = -2 \ln\det(I - \Psi) - 2\,\mathrm{tr}\,\Psi,\qquad
+   \Psi_{ij} = R_i R'_i P_{ij} P'_{ij}/K, $$
+
+as in `crowd`; P, R for one of the two, P′, R′ for the other, in Φ the same. The error is still
+O(1/K²), but what makes it large where the others are few is summed to all orders. Less is gained
+where the target's writes are scattered among others and the memory drifts; where w < E h there is
+no such pole, and Q is left as it is, as for K < 4.
 """
 
 from typing import Any, NamedTuple
@@ -38,7 +64,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from .crowd import derivative
+from .direction import fitted, mean_inverse, reach
 from .one_key import Gains, Key, relaxed_variance
 
 Covariance = Float[np.ndarray, "time time"]
@@ -141,7 +167,11 @@ def fading_crowd(
 def exact_stream(
     covariance: Covariance, is_target: np.ndarray, noises: Gains, width: int | float
 ) -> Streamed:
-    """A target among others with random keys: any covariance in time, any noise. Error O(1/K²).
+    """A target among others with random keys: any covariance in time, any noise.
+
+    The error is O(1/K²), worst where the noise is small and others are about K: of the intrusion at
+    ρ = 0.1 without forgetting, 0.1 % for N = K/2 and 0.6 % for N = K if K = 16, 2 % if K = 8;
+    at ρ = 0.01 and N = K, 1 % and 6 %.
 
     Args:
         covariance: C over the times of all writes; the read-out comes right after the last.
@@ -155,67 +185,144 @@ def exact_stream(
     ordered = covariance[np.ix_(order, order)]
     count = len(rest)
 
-    def parts(extra: Any) -> tuple[Any, Any, Any]:
-        return _moments(ordered, count, noises[rest] + extra, noises[own] + extra, width)
+    # The others' squared weights are the derivative of the variance in their noise.
+    step = 1e-25
+    retention, variance = _moments(
+        ordered, count, noises[rest] + 1j * step, noises[own] + 0j, width
+    )
+    return Streamed(
+        float(np.real(retention)),
+        max(float(np.imag(variance)) / step, 0.0),
+        float(np.real(variance)),
+    )
 
-    retention, variance, square = parts(0.0)
-    slope = derivative(lambda extra: parts(extra)[1], 0.0)
-    return Streamed(float(retention), max(float(slope - square), 0.0), float(variance))
 
-
-def _moments(
-    covariance, count: int, noises, own_noises, width: int | float
-) -> tuple[Any, Any, Any]:
-    """Mean retention, mean variance, and the mean of the target's squared weights."""
-    smoothed, rates, stiffness = _smoothed(covariance, count, noises, width)
+def _moments(covariance, count: int, noises, own_noises, width: int | float) -> tuple[Any, Any]:
+    """Mean retention, and mean variance."""
+    smoothed, rates, softness = _smoothed(covariance, count, noises, width)
+    stiffness = np.linalg.inv(softness)
     corrected = smoothed + _correction(smoothed, rates, stiffness, width)
     own = slice(count, len(covariance) - 1)
     gram = np.linalg.inv(corrected[own, own] + np.diag(own_noises))
     shown = corrected[own, -1]
     weights, ones = gram @ shown, gram.sum(axis=1)
     among = smoothed[count:, :count]  # of the target's times and the reading's with the others'
-    residual = np.append(-weights, 1.0)
+    residual, summed = np.append(-weights, 1.0), np.append(ones, 0.0)
+    inner = among[:-1].T @ gram @ among[:-1]
+    ladder = rates[:, None] ** 2 * stiffness  # symmetric
+    curved = ladder / np.outer(rates, rates)
 
-    def varied(first, second, middle):
+    def varied(first, second):
         """Q: both pairings of the fluctuations, as the response of the fixed point gives them."""
         left, right = rates * (first @ among), rates * (second @ among)
-        inner = among[:-1].T @ middle @ among[:-1]
-        curved = stiffness * rates / rates[:, None]
         return (
             left @ (right * (stiffness @ np.diag(inner))) + left @ ((curved * inner) @ right)
         ) / (width * (width + 2))
 
-    retention = weights.sum() - varied(residual, np.append(ones, 0.0), gram)
-    variance = corrected[-1, -1] - shown @ weights - varied(residual, residual, gram)
-    square = (
-        weights @ weights
-        - 2 * varied(residual, np.append(gram @ weights, 0.0), gram)
-        + varied(residual, residual, gram @ gram)
+    retention = weights.sum() - varied(residual, summed)
+    variance = corrected[-1, -1] - shown @ weights - varied(residual, residual)
+    # z is of the target's time that varies most.
+    spreads = np.einsum("ti,ij,tj->t", among[:-1] ** 2, ladder, among[:-1] ** 2)
+    place = int(np.argmax(np.real(spreads)))
+    if np.real(spreads[place]) <= 0 or width < 4:
+        return retention, variance
+    along = among * among[place]
+    moved = (along @ ladder @ along.T)[:-1] / spreads[place]
+    pulled = gram @ (moved @ residual)
+    pole = (moved @ residual) @ pulled / (pulled @ moved[:, :-1] @ pulled)
+    mean = corrected[count + place, count + place]
+    if not 0 < np.real(mean) < np.real(pole):
+        return retention, variance
+    inverse = _inverse_mean(covariance, count, noises, width, count + place, mean, pole - mean)
+    beyond = pole**3 * inverse - pole**2 - 2 * spreads[place] / (width * (width + 2))
+    return (
+        retention - beyond * (moved @ summed) @ pulled,
+        variance - beyond * (moved @ residual) @ pulled,
     )
-    return retention, variance, square
 
 
-def _smoothed(covariance, count: int, noises, width: int | float) -> tuple[Any, Any, Any]:
-    """P, R and W at leading order, by Newton's method on the diagonal of P."""
+def _inverse_mean(
+    covariance, count: int, noises, width: int | float, time: int, mean, noise
+) -> Any:
+    """E[1/(σ + h)], of h at the time, whose mean is given."""
+    largest, seen, guess = float(covariance[time, time]), covariance[time], float(np.real(mean))
+    free, smoothed, rates = _free(covariance, count, noises, width)
+
+    def log_kept(place):
+        known = covariance - np.outer(seen, seen) * (-np.expm1(-place) / largest)
+        free_known, smoothed_known, rates_known = _free(known, count, noises, width, smoothed)
+        before, both, after = (
+            _pairs(first, second, width)
+            for first, second in (
+                ((smoothed, rates), (smoothed, rates)),
+                ((smoothed, rates), (smoothed_known, rates_known)),
+                ((smoothed_known, rates_known), (smoothed_known, rates_known)),
+            )
+        )
+        logarithm = -(width * place + free_known - free) / 2
+        logarithm = logarithm + (both[0] - after[0]) / 2
+        return logarithm + (before[1] + 2 * both[1] - 3 * after[1]) / 4
+
+    end = reach(log_kept, width, noise, largest, guess)
+    kept = fitted(log_kept, _MARGIN * end)
+    # h is taken as large as its mean is, so that 1/(σ + h) stays that of the target's noise.
+    near = _NEAR / guess  # small enough a y for the slope of log F at 0
+    first, second = (log_kept(np.log1p(step * near * largest)) for step in (1, 2))
+    scale = (second - 4 * first) / (width * near) / mean
+    limit = np.log1p(largest / (noise * scale))
+    end = limit if np.real(limit) < _MARGIN * np.real(end) else end
+    return scale * mean_inverse(kept, width, noise * scale, largest, end)
+
+
+def _free(
+    covariance, count: int, noises, width: int | float, near: Any = None
+) -> tuple[Any, Any, Any]:
+    """Φ at leading order, with P and R of the others."""
+    smoothed, rates, _ = _smoothed(covariance, count, noises, width, near)
+    free = width * _log_determinant(-covariance[:count, :count] * rates / width)
+    free = free - np.sum(np.log(rates) + 1 - noises * rates)
+    return free, smoothed[:count, :count], rates
+
+
+def _pairs(first, second, width: int | float) -> tuple[Any, Any]:
+    """Log det(I − Ψ) and tr Ψ."""
+    pairs = first[0] * second[0] * (first[1] * second[1]) / width
+    return _log_determinant(pairs), np.trace(pairs)
+
+
+def _log_determinant(matrix) -> Any:
+    """Of I − matrix."""
+    sign, size = np.linalg.slogdet(np.eye(len(matrix)) - matrix)
+    return np.log(sign) + size
+
+
+def _smoothed(
+    covariance, count: int, noises, width: int | float, near: Any = None
+) -> tuple[Any, Any, Any]:
+    """P, R and W⁻¹ at leading order, by Newton's method on the diagonal of P, from one near it."""
     among, across = covariance[:count, :count], covariance[:, :count]
-    variances = np.diag(among) + 0 * noises
     identity = np.eye(count)
 
-    def settled(variances):
+    def settled(variances, noises):
         rates = 1 / (noises + variances)
         gathered = np.linalg.solve(np.diag(width / rates) + among, across.T)
         smoothed = covariance - across @ gathered
         overlap = smoothed[:count, :count] ** 2 * rates**2 / width
-        return smoothed, rates, np.linalg.inv(identity - overlap)
+        return smoothed, rates, identity - overlap
 
+    def step(variances, noises):
+        smoothed, _, softness = settled(variances, noises)
+        return np.linalg.solve(softness, np.diag(smoothed)[:count] - variances)
+
+    variances = np.real(np.diag(among) if near is None else np.diag(near))
     for _ in range(_MOST_STEPS):
-        smoothed, _, stiffness = settled(variances)
-        step = stiffness @ (np.diag(smoothed)[:count] - variances)
-        variances = variances + step
-        if not count or np.max(np.abs(step) / np.abs(variances)) < _SETTLED:
+        moved = step(variances, np.real(noises))
+        variances = variances + moved
+        if not count or np.max(np.abs(moved) / np.abs(variances)) < _SETTLED:
             break
-    # One more for the imaginary part, whose error is that of the real part squared.
-    return settled(variances)
+    # One more squares what is left, and is exact where noises are complex by a little.
+    variances = variances + step(variances, noises)
+    return settled(variances, noises)
 
 
 def _correction(smoothed, rates, stiffness, width: int | float):
@@ -238,4 +345,4 @@ def _correction(smoothed, rates, stiffness, width: int | float):
     return (change + change.T) / 2
 
 
-_MOST_STEPS, _SETTLED = 60, 1e-13
+_MOST_STEPS, _SETTLED, _MARGIN, _NEAR = 60, 1e-6, 1.1, 1e-4

@@ -7,7 +7,8 @@ Mosaic's, and `dispatch` decides what runs. Rates per key have `keywise`, and `k
 their gradient in XLA.
 `delta_rule` runs means of the reset filter as another library's kernels.
 `segments` cuts a few long sequences into parts that run side by side, with `elements` for what a
-part does to any belief, `sweep` for what it asks of it, and `joining` for the parts in turn.
+part does to any belief, `sweep` for what it asks of it, and `joining` for the parts in turn;
+`devices` joins parts that several devices hold. `head` makes rows of heads.
 
 **Range.** Read-outs are within 1e-4, gradients within 1e-3 of the filter in float64 of the same
 inputs, relative by norm, as tests/test_kernels.py says case by case: any decay; noise down to 1e-4
@@ -19,8 +20,8 @@ almost every decay is below exp(−50), the decays' own gradient all but vanishe
 kernels say of it is rounding: about 2e-6 of the keys' gradient. A restoration λ may be 0 and has
 its derivative there; where it changes within 64 tokens, λ below 2e-9 counts as that, and products
 of λ lose up to 1e-4 of themselves after tokens that have kept nothing.
-Few long sequences for which decay and drift are given, but are 0 at every token, have fewer digits
-(`kernels.segments`).
+Few long sequences, and those over devices, for which decay and drift are given, but are 0 at every
+token, have fewer digits (`kernels.segments`).
 """
 
 from .delta_rule import delta_refusal as delta_refusal
@@ -28,5 +29,6 @@ from .delta_rule import delta_rule as delta_rule
 from .dispatch import Backend as Backend
 from .dispatch import chosen as chosen
 from .dispatch import device_refusal as device_refusal
+from .dispatch import kept_whole as kept_whole
 from .dispatch import kernel_scan as kernel_scan
 from .dispatch import refusal as refusal

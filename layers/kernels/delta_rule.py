@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from layers.rules import Reset, Rule
 from layers.stream import Mean, Stream
 
-from .exact import over_rows
+from .head import over_rows
 
 WIDTHS = (64, 128)
 

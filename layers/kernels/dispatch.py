@@ -62,6 +62,15 @@ def per_key_rates(stream: Stream, prior_variance: Float[Array, "*width"] | float
     return varied
 
 
+def kept_whole(stream: Stream, prior_variance: Float[Array, "*width"] | float, rule: Rule) -> bool:
+    """Whether kernels do not find what a part does to any belief, or with too few digits."""
+    lasting = stream.log_decay is None and stream.drift is None
+    wide = stream.key.shape[-1] > WIDTH
+    return (
+        lasting or wide or isinstance(rule, Restored) or bool(per_key_rates(stream, prior_variance))
+    )
+
+
 def device_refusal() -> str | None:
     """Why the device that programs run on takes no kernel; None where it does."""
     device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
@@ -93,6 +102,7 @@ def kernel_scan(
     prior_variance: Float[Array, "*width"] | float,
     rule: Exact | Restored = EXACT,
     *,
+    axis: str | None = None,
     interpret: bool = False,
 ) -> tuple[Belief, Reading]:
     """`layers.filter_scan` of a filter that `refusal` does not refuse.
@@ -102,10 +112,13 @@ def kernel_scan(
         initial: belief before the first token.
         prior_variance: from which documents start.
         rule: what is done to the covariance.
+        axis: mesh axis whose devices hold parts of the sequence in order, inside `jax.shard_map`,
+            where `kept_whole` does not hold; the last belief is that after the device's own part.
         interpret: whether kernels are simulated on a CPU.
     """
     # Mosaic is imported where it is used alone.
-    from .exact import Filtered, Head, filter_head
+    from .exact import filter_head
+    from .head import Filtered, Head
     from .keywise_head import KeywiseHead, filter_keywise_head
     from .segments import padded as filled_up
 
@@ -124,8 +137,7 @@ def kernel_scan(
 
     log_decay, drift = rate(stream.log_decay), rate(stream.drift)
     starts, added = jnp.zeros((time,), bool), drift
-    lasting = stream.log_decay is None and stream.drift is None
-    whole = lasting or keywise or key.shape[-1] > WIDTH or isinstance(rule, Restored)
+    whole = kept_whole(stream, prior_variance, rule)
     length = time + -time % CHUNK if whole else filled_up(time)
     if stream.starts is not None:
         starts = stream.starts
@@ -162,7 +174,7 @@ def kernel_scan(
         if keywise:
             return filter_keywise_head(KeywiseHead(*shared), len(mean), interpret)
         head = Head(*shared, None if kept is None else padded(kept, 1))
-        return filter_head(head, len(mean), interpret, whole)
+        return filter_head(head, len(mean), interpret, whole, axis)
 
     rows, width = min(WIDTH, value.shape[-1]), key.shape[-1]
     values = jnp.moveaxis(value.reshape(time, -1, rows), 1, 0)

@@ -55,7 +55,7 @@ from .covariance import (
 from .forward import MEAN_PIECES, split
 from .mosaic import BLOCK, COLUMNS, along_columns, pairs, pieces
 
-States = Float[Array, "row key key"]
+Squares = Float[Array, "*row key key"]
 
 SQUARE = WIDTH, WIDTH
 KEYS, VALUES, LOOP = (pl.ds(first, WIDTH) for first in (0, WIDTH, 2 * WIDTH))
@@ -65,11 +65,11 @@ KEYS, VALUES, LOOP = (pl.ds(first, WIDTH) for first in (0, WIDTH, 2 * WIDTH))
 class Element(NamedTuple):
     """A segment's map of the belief that enters it, by the letters above."""
 
-    moved: States  # A
-    mean: States  # b
-    covariance: States  # C
-    evidence: States  # η
-    information: States  # J
+    moved: Squares  # A
+    mean: Squares  # b
+    covariance: Squares  # C
+    evidence: Squares  # η
+    information: Squares  # J
 
 
 def elements(

@@ -208,7 +208,8 @@ def _starts(*refs, names, segments, interpret):
 def join_ends(
     own_mean: Parts,
     own_covariance: Parts,
-    loops: Float[Array, "row most two key key"],
+    closed: PerSegment,
+    crossed: PerSegment,
     of_last_mean: States,
     of_last_covariance: States,
     segments: int,
@@ -220,7 +221,8 @@ def join_ends(
     Args:
         own_mean: what each segment asks of the mean that enters it, the last one all there is.
         own_covariance: likewise, symmetric.
-        loops: Ψ and Λ of every segment but the last.
+        closed: Ψ of every segment but the last; more are not read.
+        crossed: Λ, likewise.
         of_last_mean: cotangent of the mean after the last token.
         of_last_covariance: likewise, symmetric.
         segments: how many a row has.
@@ -237,13 +239,14 @@ def join_ends(
         2,
         interpret,
     )
-    return run(own_mean, own_covariance, loops, of_last_mean, of_last_covariance)
+    return run(own_mean, own_covariance, closed, crossed, of_last_mean, of_last_covariance)
 
 
 def _ends(
     own_mean,
     own_covariance,
-    loops,
+    closed_in,
+    crossed_in,
     of_last_mean,
     of_last_covariance,
     out_mean,
@@ -275,9 +278,9 @@ def _ends(
     def meet():
         mosaic.meet(met, interpret)
 
-    def through(segment, state, own, which, place, faded_place):
+    def through(segment, state, own, loop, place, faded_place):
         """Bring Ψ or Λ to shared memory, and pass on the state by Ψ."""
-        put(place, mosaic.load(loops.at[row, segment, which]))
+        put(place, mosaic.load(loop.at[row, segment]))
         own = mosaic.load(own.at[first + segment])
         meet()
         faded = multiply(times(pieces(state, PIECES), parts(closed, turned=True)))
@@ -292,7 +295,7 @@ def _ends(
     def _covariance():
         def segment(step, of_end):
             c = back(step)
-            _, own = through(c, of_end, own_covariance, 0, closed, faded_covariance)
+            _, own = through(c, of_end, own_covariance, closed_in, closed, faded_covariance)
             terms = times(parts(crossed, turned=True), parts(faded_mean))
             terms += times(parts(faded_mean, turned=True), parts(crossed))
             of_start = 0.5 * multiply(terms) + own
@@ -311,7 +314,7 @@ def _ends(
     def _mean():
         def segment(step, of_end):
             c = back(step)
-            faded, own = through(c, of_end, own_mean, 1, crossed, faded_mean)
+            faded, own = through(c, of_end, own_mean, crossed_in, crossed, faded_mean)
             of_start = faded + own
             out_mean.at[first + c - 1][...] = of_start
             meet()

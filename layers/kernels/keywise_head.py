@@ -31,8 +31,8 @@ from layers.chunks import (
 from layers.precision import exact_product
 from layers.triangular import triangular_inverse
 
-from .exact import Filtered, over_rows
 from .forward import CHUNK
+from .head import Filtered, over_rows
 from .keywise import filter_keywise, prepare
 
 AT_ONCE = 8

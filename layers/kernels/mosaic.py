@@ -97,10 +97,15 @@ def kernel(
     )
 
 
+def lowering_device() -> AbstractDevice:
+    """A Hopper GPU for which programs can be lowered where there is none."""
+    return AbstractDevice("NVIDIA H200", 132, "gpu")
+
+
 def lowering_mesh():
-    """A context in which programs can be lowered for a Hopper GPU where there is none."""
-    device = AbstractDevice("NVIDIA H200", 132, "gpu")
-    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
+    """A context in which programs are lowered for that device."""
+    mesh = AbstractMesh((), (), abstract_device=lowering_device())
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def meet(met, interpret: bool):

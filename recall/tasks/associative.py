@@ -59,6 +59,11 @@ class AssociativeRecall:
             raise ModelError(f"`overlap` is {self.overlap}; a cosine from 0 and below 1 is meant.")
 
     @property
+    def most_asked(self) -> int:
+        """Questions that a row can hold."""
+        return self.pairs
+
+    @property
     def length(self) -> int:
         """Positions of a row."""
         return (self.passes + 1) * self.pairs + self.revisions

@@ -49,6 +49,11 @@ class InContextRecall:
         _check_noise(self.noise, self.noise_vocabulary)
         _check_vocabulary(self.vocabulary, self.noise_vocabulary + 2)
 
+    @property
+    def most_asked(self) -> int:
+        """Questions that a row can hold."""
+        return self.length // 2
+
     def row(self, rng: np.random.Generator, training: bool) -> Row:
         """Draw one row; test rows follow the same law as training rows."""
         size = self.vocabulary - self.noise_vocabulary
@@ -104,6 +109,11 @@ class FuzzyRecall:
                 f"`length` is {self.length}; motifs of {self.key_motif} and {self.value_motif} "
                 f"take more than {shortest}."
             )
+
+    @property
+    def most_asked(self) -> int:
+        """Questions that a row can hold."""
+        return self.length
 
     def row(self, rng: np.random.Generator, training: bool) -> Row:
         """Draw one row, a token longer than `length`, padded on the left."""
@@ -176,6 +186,11 @@ class SelectiveCopy:
                 f"`copied` is {self.copied} and `length` {self.length}; a row takes more than "
                 "twice as many positions as tokens copied, and one."
             )
+
+    @property
+    def most_asked(self) -> int:
+        """Questions that a row can hold."""
+        return self.copied
 
     def row(self, rng: np.random.Generator, training: bool) -> Row:
         """Draw one row: its labels stand at the positions of the answers themselves."""

@@ -68,6 +68,11 @@ class Zoology:
             raise ModelError(f"`power` is {self.power}; it must be above 0.")
 
     @property
+    def most_asked(self) -> int:
+        """Questions that a row can hold."""
+        return self.pairs
+
+    @property
     def context(self) -> int:
         """Positions that the pairs take."""
         return 2 * (self.pairs + self.overwrites)
