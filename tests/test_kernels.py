@@ -617,6 +617,19 @@ def test_a_sequence_over_devices_lowers_for_cuda(segments_each, monkeypatch):
     assert sent == [str(element), str(element - 64**2)]
 
 
+@pytest.mark.parametrize("dial", [None, 0.5])
+def test_kernels_of_float32_hold_no_float64_where_it_is_enabled(dial, monkeypatch):
+    """Nor what joins parts over devices; a restored sequence is held by one."""
+    monkeypatch.setattr(sharded, "device_refusal", lambda: None)
+    arguments, starts = draw(Case(128, 64, 64, decay="scalar", drift="scalar"), "float32", dial)
+    device = mosaic.lowering_device()
+    mesh = AbstractMesh((2,), ("sequence",), (AxisType.Auto,), abstract_device=device)
+    form = kernel_scan if dial else over_devices(mesh)
+    with jax.enable_x64(True), mosaic.lowering_mesh():
+        program = jax.jit(differentiated(form)).trace(arguments, starts)
+    assert not re.search(r"f64\[\d", str(program.jaxpr))
+
+
 FITTING = Case(20, 64, 64, decay="scalar", drift="scalar", starts=(3,))
 UNFIT = {
     "rule": (FITTING, {"rule": Diagonal()}),

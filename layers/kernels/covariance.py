@@ -108,15 +108,14 @@ def across(ref, count, columns):
     return [ref.at[piece, columns].transpose((1, 0)) for piece in range(count)]
 
 
-def _eliminate(here, place, slot, tokens, joint=None):
-    """Whiten a block; 1/L_tt is left in a place of `deviations`, G taken from it or another."""
+def _eliminate(here, share, slot, tokens, joint=None):
     mosaic.eliminate(
-        here.joint.at[place if joint is None else joint, tokens],
+        here.joint.at[share if joint is None else joint, tokens],
         here.noises.at[slot, tokens],
         here.decays.at[slot, tokens],
         here.columns,
         here.whitened,
-        here.deviations.at[place, tokens],
+        here.deviations.at[share, tokens],
         keys=here.keys.shape[-1],
         kept=None if here.kept is None else here.kept.at[slot, tokens],
         interpret=here.interpret,
@@ -157,7 +156,7 @@ def narrow_block(reads=True):
         place = 0 if reads else turn(start)
         here.joint.at[place][...] = between * mosaic.load(here.ratios.at[slot])
         mosaic.barrier_wait(here.innovations_ready)
-        eliminate = partial(_eliminate, here, slot if reads else 0, slot, tokens, place)
+        eliminate = partial(_eliminate, here, 0, slot, tokens, place)
         if reads:
             terms = pairs(split, pieces_of(here.queries, slot, tokens), 3)
             seen = mosaic.product_beside(thin, terms, eliminate, here.interpret)

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array
 
 from . import devices, reverse, segments, wide
@@ -158,7 +157,7 @@ def _backward(values: int, interpret: bool, whole: bool, axis: str | None, resid
     at_last = jnp.sum(last_mean * of_last_mean)
     at_last = at_last + 2 * jnp.sum(last_covariance * of_last_covariance)
     moved = found["moved"].reshape(-1, CHUNK) - 2 * added * of_added
-    since = lax.cumsum(moved, axis=1, reverse=True)
+    since = jnp.flip(jnp.cumsum(jnp.flip(moved, -1), axis=-1), -1)
     of_log_decay = (since + at_ends(found["scale"], at_last)[:, None]).reshape(-1)
     of_kept = None
     if faded is not None:

@@ -25,7 +25,6 @@ the usual form of two decays.
 **Layout.** Warpgroup 0 holds P (64 × 64 float32) in registers, warpgroup 1 holds M; both are split
 into bfloat16 pieces (`mosaic.pieces`), three for P and two for M, as left operands of the tensor
 cores. Warpgroup 0 eliminates while its tensor cores find P x for the variances. Sums are float32.
-Meanwhile, where several chunks are in flight, warpgroup 1 leaves what is said of the chunk before.
 
 Keys of 128 take one warpgroup more: warpgroups 0 and 1 hold 64 rows of P each, and whiten their own
 64 columns of E, each from its own factorisation of the same G. A warpgroup's states are tiles of
@@ -152,7 +151,7 @@ def filter_blocks(
         "outputs": shared((CHUNK, WIDTH), f32),
         "read": shared((CHUNK, width + 4), f32),
         "variances": shared((CHUNK,), f32),
-        "deviations": shared((slots if shares == 1 else shares, CHUNK), f32),
+        "deviations": shared((shares, CHUNK), f32),
         "columns": columns,
         "whitened": columns,
         "joint": shared((shares, CHUNK, BLOCK), f32),
@@ -209,8 +208,6 @@ def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
     multiply = partial(mosaic.product, interpret=interpret)
     load = mosaic.load
     tiles = tiles_of(width)
-    # While one warpgroup eliminates, the other does what else there is.
-    idle = shares == 1 and lag > 0
 
     def bring(chunk, slot):
         fetch(here, inputs, places[:sources], row, chunk, slot)
@@ -220,33 +217,29 @@ def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
             for piece, part in enumerate(pieces(tile, SAVED_PIECES)):
                 out[name].at[row, chunk, piece, rows, columns][...] = part
 
-    def refill(c, condition):
-        """Bring what follows the chunk before, which both warpgroups have left."""
-        wanted = jnp.logical_and(c >= lag, c - lag + slots < chunks)
-
-        @pl.when(jnp.logical_and(condition, wanted))
-        def _():
-            done = lax.rem(c - lag, slots)
-            mosaic.barrier_wait(here.free.at[done])
-            if lag == 0:  # this warpgroup's own warps may be reading the chunk yet
-                mosaic.commit_smem()
-            bring(c - lag + slots, done)
-
-    def drain(condition):
-        @pl.when(condition)
-        def _():
-            for c in range(chunks - slots, chunks):
-                mosaic.barrier_wait(here.free.at[c % slots])
-
     @pl.when(warpgroup < shares)
     def _covariance():
         share = warpgroup if shares > 1 else 0
         own = pl.ds(share * WIDTH, WIDTH)
         block = narrow_block() if shares == 1 else partial(wide_block, share)
 
-        first = share == 0 if shares > 1 else True
+        def by_first(condition):
+            return condition if shares == 1 else jnp.logical_and(share == 0, condition)
 
-        @pl.when(first)
+        def refill(c, condition=True):
+            wanted = jnp.logical_and(c >= lag, c - lag + slots < chunks)
+            if condition is not True:
+                wanted = jnp.logical_and(condition, wanted)
+
+            @pl.when(by_first(wanted))
+            def _():
+                done = lax.rem(c - lag, slots)
+                mosaic.barrier_wait(here.free.at[done])
+                if lag == 0:  # this warpgroup's own warps may be reading the chunk yet
+                    mosaic.commit_smem()
+                bring(c - lag + slots, done)
+
+        @pl.when(by_first(True))
         def _():
             for slot in range(slots):
                 bring(slot, slot)
@@ -260,7 +253,7 @@ def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
             def through_block(i, covariance):
                 covariance = block(here, slot, i * BLOCK, covariance)
                 if shares > 1 and lag > 0:  # the other warpgroups have left the chunk before
-                    refill(c, jnp.logical_and(first, i == 0))
+                    refill(c, i == 0)
                 return covariance
 
             covariance = lax.fori_loop(0, CHUNK // BLOCK, through_block, covariance)
@@ -270,15 +263,18 @@ def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
                 def _():
                     mosaic.barrier_arrive(here.free.at[slot])
 
-            if lag == 0:
-                refill(c, first)
+            if shares == 1 or lag == 0:
+                refill(c)
             return covariance
 
         start = tuple(load(covariance_in.at[row, own, columns]) for columns in tiles)
         covariance = lax.fori_loop(0, chunks, chunk, start)
 
-        if not idle:
-            drain(first)
+        @pl.when(by_first(True))
+        def _():
+            for c in range(chunks - slots, chunks):
+                mosaic.barrier_wait(here.free.at[c % slots])
+
         for columns, tile in zip(tiles, covariance, strict=True):
             out["last_covariance"].at[row, own, columns][...] = tile
 
@@ -294,49 +290,12 @@ def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
             before = along_columns(load(here.faded.at[slot, tokens], COLUMNS), shape)
             return jnp.exp(jnp.minimum(faded - before, 0))
 
-        def finish(c, entered, squares):
-            """Leave what is said of a chunk, given sums of x·P x and of X∘X."""
-            slot = lax.rem(c, slots)
-            if shares == 1:
-                query = load(here.queries_plain.at[slot]).astype(jnp.float32)
-                alpha = load(here.alphas.at[slot], ROWS)
-                drifted = load(here.drifts.at[slot], ROWS) * jnp.sum(query * query, axis=1)
-                fade = alpha * alpha
-                if here.faded is not None:
-                    fade = fade * jnp.exp(load(here.faded.at[slot], ROWS))
-                entered = fade * entered + drifted
-            here.variances[...] = jnp.maximum(entered - squares, 0)
-            mosaic.commit_smem()
-            tokens = pl.ds(c * CHUNK, CHUNK)
-            deviations = here.deviations.at[slot if shares == 1 else 0]
-            mosaic.copy_out(here.outputs, out["mean"].at[row, tokens])
-            mosaic.copy_out(here.variances, out["variance"].at[row, tokens])
-            mosaic.copy_out(deviations, out["inverse_deviation"].at[row, tokens])
-            mosaic.barrier_arrive(here.free.at[slot])
-
-        def chunk(c, carry):
-            mean, before = carry
+        def chunk(c, mean):
             slot = lax.rem(c, slots)
             mosaic.barrier_wait(here.full.at[slot])
-            if not idle:
-                mosaic.wait_out(0, wait_read_only=True)
-                if save:
-                    leave("means", c, pl.ds(0, WIDTH), mean)
-
-            def beside(i, mean):
-                """What is not waited for."""
-
-                @pl.when(i == 0)
-                def _():
-                    if save:
-                        leave("means", c, pl.ds(0, WIDTH), mean)
-
-                    @pl.when(c > 0)
-                    def _():
-                        finish(c - 1, *before)
-                        mosaic.wait_out(0, wait_read_only=True)
-
-                refill(c, i == 1)
+            mosaic.wait_out(0, wait_read_only=True)
+            if save:
+                leave("means", c, pl.ds(0, WIDTH), mean)
 
             def block(i, carry):
                 mean, squares = carry
@@ -359,8 +318,6 @@ def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
                     queries = pieces_of(here.queries, slot, tokens)
                     entered = multiply(thin, pairs(split, queries, 2))
                 entered = entered * alpha
-                if idle:
-                    beside(i, mean)
                 mosaic.barrier_wait(here.elimination_ready)
                 surprise = mosaic.load_transposed(here.whitened.at[:, values_of])
                 end = along_columns(load(here.ends.at[slot, tokens], COLUMNS), thin)
@@ -397,16 +354,25 @@ def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
             mean, squares = lax.fori_loop(0, CHUNK // BLOCK, block, (mean, start))
             read = [load(here.read.at[:, columns]) for columns in tiles]
             entered = reduce(add, [jnp.sum(part, axis=1) for part in read])
-            if not idle:
-                finish(c, entered, squares)
-            return mean, (entered, squares)
+            if shares == 1:
+                query = load(here.queries_plain.at[slot]).astype(jnp.float32)
+                alpha = load(here.alphas.at[slot], ROWS)
+                drifted = load(here.drifts.at[slot], ROWS) * jnp.sum(query * query, axis=1)
+                fade = alpha * alpha
+                if here.faded is not None:
+                    fade = fade * jnp.exp(load(here.faded.at[slot], ROWS))
+                entered = fade * entered + drifted
+            here.variances[...] = jnp.maximum(entered - squares, 0)
+            mosaic.commit_smem()
+            tokens = pl.ds(c * CHUNK, CHUNK)
+            mosaic.copy_out(here.outputs, out["mean"].at[row, tokens])
+            mosaic.copy_out(here.variances, out["variance"].at[row, tokens])
+            mosaic.copy_out(here.deviations.at[0], out["inverse_deviation"].at[row, tokens])
+            mosaic.barrier_arrive(here.free.at[slot])
+            return mean
 
         start = tuple(load(mean_in.at[row, :, columns]) for columns in tiles)
-        nothing = mosaic.zeros((CHUNK,), ROWS)
-        mean, last = lax.fori_loop(0, chunks, chunk, (start, (nothing, nothing)))
-        if idle:
-            finish(chunks - 1, *last)
-            drain(True)
+        mean = lax.fori_loop(0, chunks, chunk, start)
         for columns, tile in zip(tiles, mean, strict=True):
             out["last_mean"].at[row, :, columns][...] = tile
         mosaic.wait_out(0)

@@ -313,14 +313,6 @@ def _local(
                 to = target.at[slot if early else 0, piece]
                 mosaic.copy_in(source.at[row, piece, tokens], to, arrived.at[slot])
 
-    def surprises(tokens):
-        own = pl.ds(width + here.first, WIDTH // SHARES)
-        return mosaic.load(whitened.at[row, tokens, own])
-
-    def given_by(tokens):
-        uncovered, cotangent = whitened.at[row, tokens], of_mean.at[row, tokens]
-        return surprises(tokens), broad.load(uncovered), here.load(cotangent)
-
     @pl.when(here.first == 0)
     def _():
         fetch(at(0), 0)
@@ -332,6 +324,13 @@ def _local(
         def leave(ref, matrix):
             ref.at[row, chunk, :, here.columns][...] = matrix
 
+        def covariances():
+            return broad.load(whitened.at[row, tokens])
+
+        def surprises():
+            own = pl.ds(width + here.first, WIDTH // SHARES)
+            return mosaic.load(whitened.at[row, tokens, own])
+
         def fetch_next():
             @pl.when(jnp.logical_and(here.first == 0, step + 1 < steps))
             def _():
@@ -340,7 +339,8 @@ def _local(
                 for ref in (whitened, of_mean):
                     mosaic.prefetch(ref.at[row, after], interpret)
 
-        surprise, uncovered, cotangent = given_by(tokens) if wide else carry
+        surprise, uncovered = surprises(), covariances()
+        cotangent = here.load(of_mean.at[row, tokens])
 
         @pl.when(here.first == 0)
         def _():
@@ -355,16 +355,14 @@ def _local(
         only = opaque_zero(vectors, slot)
         place = slot if early else only
         places = [keys_in.at[place], queries_in.at[place], *(ref.at[only] for ref in operands)]
-        keys, queries, moved, spare, asked, reads, given, *others = map(Pieces, places)
-        # Places of what has been read are taken by what comes next: fewer meetings.
-        factors, inverses, inners = asked, reads, asked
+        keys, queries, moved, spare, given, reads, inverses, *others = map(Pieces, places)
         # L⁻¹ with λ besides, where covariances are restored.
         lasting = inverses if numbers.faded is None else others.pop()
         # Where values are fewer than keys, what has a column a key has its own place.
-        lowered, faded, weights = (*others, moved, moved) if wide else (moved, inners, given)
+        lowered, faded, weights = (*others, moved, moved) if wide else (moved, reads, given)
         broad.put(moved.ref, uncovered)
         here.put(spare.ref, surprise)
-        here.put(asked.ref, cotangent)
+        here.put(given.ref, cotangent)
         mosaic.meet(met, interpret)
         ratios = here.ratios(numbers)
         factor = here.times((keys, moved.T)) * ratios
@@ -373,11 +371,12 @@ def _local(
         mosaic.meet(met, interpret)
         if not early:
             fetch_next()
-        of_surprise = here.times((reads.T, asked)) - here.along(numbers.of_evidence) * surprise
-        here.put(given.ref, of_surprise)
+        of_surprise = here.times((reads.T, given)) - here.along(numbers.of_evidence) * surprise
         if numbers.faded is not None:
             read = read * here.lasting(numbers)
-        of_read = here.times((asked, spare.T)) - 2 * here.along(numbers.of_variance) * read
+        of_read = here.times((given, spare.T)) - 2 * here.along(numbers.of_variance) * read
+        mosaic.meet(met, interpret)
+        here.put(given.ref, of_surprise)
         here.put(lowered.ref, here.lower(of_read))
         mosaic.meet(met, interpret)
         if numbers.faded is None:
@@ -387,19 +386,20 @@ def _local(
             inner = inner + here.halved_above(here.times((reads.T, lowered)))
         evidence = here.diagonal(here.along(numbers.of_evidence))
         inner = inner + evidence * (values / 2)
+        mosaic.meet(met, interpret)
         inverse = _invert(
-            factor, numbers.inverse_deviation, here, blocks, factors, inverses, spare, met
+            factor, numbers.inverse_deviation, here, blocks, reads, inverses, spare, met
         )
         here.put(inverses.ref, inverse)
         if numbers.faded is not None:
             here.put(lasting.ref, inverse * here.lasting(numbers))
-        here.put(inners.ref, inner)
+        here.put(reads.ref, inner)
         mosaic.meet(met, interpret)
-        uncovered, surprise = broad.load(whitened.at[row, tokens]), surprises(tokens)
+        uncovered, surprise = covariances(), surprises()
         if numbers.faded is None:
-            here.put(spare.ref, here.times((inverses.T, inners), (inverses.T, inners.T)))
+            here.put(spare.ref, here.times((inverses.T, reads), (inverses.T, reads.T)))
         else:
-            here.put(spare.ref, here.times((inverses.T, inners)))
+            here.put(spare.ref, here.times((inverses.T, reads)))
         mosaic.meet(met, interpret)
         broad.put(faded.ref, broad.along(numbers.end) * uncovered)
         # Ḡ is minus half the product, and its lower triangle off the diagonal counts twice.
@@ -414,20 +414,18 @@ def _local(
         mosaic.meet(met, interpret)
         here.put(spare.ref, surprise)
         here.put(lowered.ref, of_read)
-        if not wide:  # the next chunk's are waited for while the tensor cores are at work
-            carry = given_by(pl.ds(at(step + 1) * CHUNK, CHUNK))
         weight = broad.times((inverses.T, faded))
         if not wide:
             broad.put(weights.ref, weight)
         mosaic.meet(met, interpret)
         if wide:
             broad.put(weights.ref, weight)
-        here.put(inners.ref, here.times((lasting.T, spare)))
+        here.put(reads.ref, here.times((lasting.T, spare)))
         mosaic.meet(met, interpret)
 
         @pl.when(here.first == 0)
         def _():
-            outputs = (weights, weights_out), (inners, explained_out), (lowered, of_read_out)
+            outputs = (weights, weights_out), (reads, explained_out), (lowered, of_read_out)
             for place, ref in outputs:
                 for piece in range(PIECES):
                     mosaic.copy_out(place.ref.at[piece], ref.at[row, chunk, piece])
@@ -435,7 +433,7 @@ def _local(
         return carry
 
     steps = -(-chunks // parts)
-    lax.fori_loop(0, steps, through_chunk, None if wide else given_by(pl.ds(part * CHUNK, CHUNK)))
+    lax.fori_loop(0, steps, through_chunk, None)
     mosaic.wait_out(0)
 
 
@@ -513,7 +511,6 @@ def recur(
         out |= asked_of_kept(rows, time, WIDTH)
     form = mosaic.operands_of(WIDTH // SHARES)
     operand = mosaic.SMEM((1, PIECES, *SQUARE), jnp.bfloat16, transforms=form)
-    turned = mosaic.SMEM((2, PIECES, *SQUARE), jnp.bfloat16, transforms=form)
     given = mosaic.SMEM((1, depth, *SQUARE), jnp.bfloat16, transforms=form)
     run = mosaic.kernel(
         partial(_recur, names=tuple(out), chunks=chunks, interpret=interpret),
@@ -522,11 +519,10 @@ def recur(
         [
             given,
             given,
-            *[turned] * 2,
-            *[operand] * 7,
+            *[operand] * 11,
             mosaic.SMEM((2, *numbers.shape[2:]), f32),
-            mosaic.barrier(num_arrivals=2 * depth + 3 * PIECES),
-            mosaic.barrier(num_arrivals=2 * PIECES),
+            mosaic.barrier(num_arrivals=2 * depth),
+            mosaic.barrier(num_arrivals=5 * PIECES),
             mosaic.barrier(num_arrivals=1, num_barriers=2),
             mosaic.barrier(num_arrivals=SHARES),
         ],
@@ -578,21 +574,13 @@ def _recur(*refs, names, chunks, interpret):
     def fetch_numbers(c, slot):
         mosaic.copy_in(numbers_in.at[row, c], vectors.at[slot], numbered.at[slot])
 
-    def hand(c, slot):
-        """Bring B and Θ of a chunk, to where the one after it has left what it needs no more."""
-        for source, target in zip(pieced[:2], buffers[2:4], strict=True):
-            for piece in range(PIECES):
-                mosaic.copy_in(source.at[row, c, piece], target.at[slot, piece], handed)
-
     @pl.when(share == 0)
     def _():
         fetch_numbers(chunks - 1, 0)
-        hand(chunks - 1, 0)
 
     def chunk(step, carry):
         of_mean_end, of_covariance_end = carry
         c = chunks - 1 - step
-        before = jnp.maximum(c - 1, 0)
         tokens, slot = pl.ds(c * CHUNK, CHUNK), lax.rem(step, 2)
         numbers = numbers_of(vectors.at[slot])
 
@@ -609,9 +597,10 @@ def _recur(*refs, names, chunks, interpret):
             for source, target in ((key, buffers[0].at[0]), (query, buffers[1].at[0])):
                 for piece in range(target.shape[0]):
                     mosaic.copy_in(source.at[row, piece, tokens], target.at[piece], arrived)
-            for source, target in zip(pieced[2:], buffers[4:7], strict=True):
+            for source, target in zip(pieced, buffers[2:7], strict=True):
                 for piece in range(PIECES):
-                    mosaic.copy_in(source.at[row, c, piece], target.at[0, piece], arrived)
+                    mosaic.copy_in(source.at[row, c, piece], target.at[0, piece], handed)
+            before = jnp.maximum(c - 1, 0)
 
             @pl.when(c > 0)
             def _():
@@ -629,14 +618,17 @@ def _recur(*refs, names, chunks, interpret):
             out["ends"].at[row, c, :, here.columns][...] = of_covariance_end
             through = through * jnp.exp(numbers.faded[CHUNK - 1])
         only = opaque_zero(vectors, slot)
-        places = [Pieces(ref.at[only]) for ref in (*buffers[:2], *buffers[4:])]
-        keys, queries, reads, mean, covariance, of_values, joints, given, squares = places
-        weights, spreads = (Pieces(ref.at[slot + only]) for ref in buffers[2:4])
-        of_covariances, of_means = (Pieces(ref.at[1 - slot + only]) for ref in buffers[2:4])
+        places = [Pieces(ref.at[only]) for ref in buffers]
+        keys, queries, weights, spreads, reads, mean, covariance, *places = places
+        of_means, of_covariances, of_values, joints, given, squares = places
         cotangent = here.load(of_mean.at[row, tokens])
         of_value, of_joint = here.load(of_value_in.at[row, c]), here.load(of_joint_in.at[row, c])
-        here.put(of_means.ref, of_mean_end)
-        here.put(of_covariances.ref, of_covariance_end)
+        for place, matrix in (
+            (of_means, of_mean_end),
+            (of_covariances, of_covariance_end),
+            (given, fade * cotangent),
+        ):
+            here.put(place.ref, matrix)
         mosaic.barrier_wait(handed)
         mosaic.meet(met, interpret)
         guided = here.times((spreads, of_means))
@@ -649,12 +641,6 @@ def _recur(*refs, names, chunks, interpret):
         here.put(of_values.ref, -fade * of_value)
         of_tied = here.along(numbers.end) * (guided - 2 * spread)
         mosaic.meet(met, interpret)
-
-        @pl.when(jnp.logical_and(share == 0, c > 0))
-        def _():
-            hand(before, 1 - slot)
-
-        here.put(given.ref, fade * cotangent)
         if numbers.faded is None:
             between = here.times((squares, weights.T), (weights, squares.T))
         else:

@@ -184,7 +184,7 @@ def of_segments(
 def passed(element: Element, covariance: States, mean: States, interpret: bool = False) -> Passage:
     """What each of some segments makes of the belief that enters it."""
     rows = len(covariance)
-    unit = jnp.broadcast_to(jnp.eye(WIDTH), (rows, WIDTH, WIDTH))
+    unit = jnp.broadcast_to(jnp.eye(WIDTH, dtype=jnp.float32), (rows, WIDTH, WIDTH))
     nothing, tokens = jnp.zeros_like(unit), _unit_tokens(rows, 1.0)
     root = roots(element.information, interpret)
     heard = filter_blocks(
@@ -344,7 +344,7 @@ def loops_of(
 
 def no_loops(rows: int) -> Loops:
     """Of no segments."""
-    none = jnp.zeros((rows, 0, WIDTH, WIDTH))
+    none = jnp.zeros((rows, 0, WIDTH, WIDTH), jnp.float32)
     return Loops(none, none)
 
 
@@ -396,7 +396,7 @@ def asked_from(
         segments: how many.
         interpret: whether kernels are simulated on a CPU.
     """
-    nothing = jnp.zeros((len(asked[0]), WIDTH, WIDTH))
+    nothing = jnp.zeros((len(asked[0]), WIDTH, WIDTH), jnp.float32)
     own = sweep(*asked, of_last_mean=nothing, of_last_covariance=nothing, interpret=interpret)
     of_mean, of_covariance = (state.reshape(-1, segments, WIDTH, WIDTH) for state in own)
     closed, crossed = (loop[:, :segments] for loop in loops)
@@ -417,8 +417,9 @@ def ends_from(
 
 def _unit_tokens(rows: int, noise: float) -> Rates:
     """Rates of 64 tokens that neither decay nor drift."""
-    one = jnp.ones((rows, CHUNK))
-    ratios = jnp.tile(jnp.tril(jnp.ones((BLOCK, BLOCK))), (rows, CHUNK // BLOCK, 1))
+    one = jnp.ones((rows, CHUNK), jnp.float32)
+    lower = jnp.tril(jnp.ones((BLOCK, BLOCK), jnp.float32))
+    ratios = jnp.tile(lower, (rows, CHUNK // BLOCK, 1))
     return Rates(noise * one, one, 0 * one, one, one, ratios)
 
 

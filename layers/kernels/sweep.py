@@ -46,7 +46,6 @@ def sweep(
     rows, depth, time, _ = key.shape
     form = mosaic.operands_of(WIDTH // SHARES)
     operand = mosaic.SMEM((1, PIECES, *SQUARE), jnp.bfloat16, transforms=form)
-    turned = mosaic.SMEM((2, PIECES, *SQUARE), jnp.bfloat16, transforms=form)
     given = mosaic.SMEM((1, depth, *SQUARE), jnp.bfloat16, transforms=form)
     run = mosaic.kernel(
         partial(_sweep, chunks=time // CHUNK, interpret=interpret),
@@ -55,8 +54,7 @@ def sweep(
         [
             given,
             given,
-            *[turned] * 2,
-            *[operand] * 5,
+            *[operand] * 9,
             mosaic.SMEM((2, *numbers.shape[2:]), jnp.float32),
             mosaic.barrier(num_arrivals=2 * depth + PIECES),
             mosaic.barrier(num_arrivals=2 * PIECES),
@@ -84,31 +82,26 @@ def _sweep(*refs, chunks, interpret):
     def fetch_numbers(c, slot):
         mosaic.copy_in(numbers_in.at[row, c], vectors.at[slot], numbered.at[slot])
 
-    def hand(c, slot):
-        """Bring B and Θ of a chunk, to where the one after it has left what it needs no more."""
-        for source, target in zip(pieced[:2], buffers[2:4], strict=True):
-            for piece in range(PIECES):
-                mosaic.copy_in(source.at[row, c, piece], target.at[slot, piece], handed)
-
     @pl.when(share == 0)
     def _():
         fetch_numbers(chunks - 1, 0)
-        hand(chunks - 1, 0)
 
     def chunk(step, carry):
         of_mean_end, of_covariance_end = carry
         c = chunks - 1 - step
-        before = jnp.maximum(c - 1, 0)
         tokens, slot = pl.ds(c * CHUNK, CHUNK), lax.rem(step, 2)
         numbers = numbers_of(vectors.at[slot])
 
         @pl.when(share == 0)
         def _():
-            for piece in range(PIECES):
-                mosaic.copy_in(pieced[2].at[row, c, piece], buffers[4].at[0, piece], arrived)
+            barriers = handed, handed, arrived
+            for source, target, barrier in zip(pieced, buffers[2:5], barriers, strict=True):
+                for piece in range(PIECES):
+                    mosaic.copy_in(source.at[row, c, piece], target.at[0, piece], barrier)
             for source, target in ((key, buffers[0].at[0]), (query, buffers[1].at[0])):
                 for piece in range(target.shape[0]):
                     mosaic.copy_in(source.at[row, piece, tokens], target.at[piece], arrived)
+            before = jnp.maximum(c - 1, 0)
 
             @pl.when(c > 0)
             def _():
@@ -121,14 +114,14 @@ def _sweep(*refs, chunks, interpret):
         mosaic.barrier_wait(numbered.at[slot])
         fade, kept = here.along(numbers.alpha), vectors[slot, 2, CHUNK - 1]
         only = opaque_zero(vectors, slot)
-        places = [Pieces(ref.at[only]) for ref in (*buffers[:2], *buffers[4:])]
-        keys, queries, reads, of_values, joints, given, squares = places
-        weights, spreads = (Pieces(ref.at[slot + only]) for ref in buffers[2:4])
-        of_covariances, of_means = (Pieces(ref.at[1 - slot + only]) for ref in buffers[2:4])
+        places = [Pieces(ref.at[only]) for ref in buffers]
+        keys, queries, weights, spreads, reads, *places = places
+        of_means, of_covariances, of_values, joints, given, squares = places
         cotangent = here.load(of_mean.at[row, tokens])
         of_value, of_joint = here.load(of_value_in.at[row, c]), here.load(of_joint_in.at[row, c])
         here.put(of_means.ref, of_mean_end)
         here.put(of_covariances.ref, of_covariance_end)
+        here.put(given.ref, fade * cotangent)
         mosaic.barrier_wait(handed)
         mosaic.meet(met, interpret)
         guided = here.times((spreads, of_means))
@@ -138,12 +131,6 @@ def _sweep(*refs, chunks, interpret):
         here.put(of_values.ref, -fade * of_value)
         of_tied = here.along(numbers.end) * (guided - 2 * spread)
         mosaic.meet(met, interpret)
-
-        @pl.when(jnp.logical_and(share == 0, c > 0))
-        def _():
-            hand(before, 1 - slot)
-
-        here.put(given.ref, fade * cotangent)
         between = here.times((squares, weights.T), (weights, squares.T))
         here.put(joints.ref, of_joint - here.halved(between) * here.ratios(numbers))
         mosaic.barrier_wait(arrived)
