@@ -23,6 +23,7 @@ from layers.kernels import (
 )
 from layers.kernels.blocks import rates
 from layers.kernels.elements import Element
+from layers.kernels.joining import join_ends, join_starts
 from layers.kernels.sweep import sweep
 from layers.rules import Diagonal, Exact, Restored
 from layers.scans import filter_scan
@@ -174,7 +175,7 @@ def test_simulated_values_of_keys_128_wide_and_their_gradients_are_the_definitio
     assert_within(found, expected(arguments, starts), "bfloat16")
 
 
-@pytest.mark.exhaustive  # test_segments_in_a_tree... has its algebra
+@pytest.mark.exhaustive  # test_simulated_beliefs_pass... has its algebra
 def test_what_enters_a_simulated_segment_is_the_definition(capfd):
     """The second of two chunks, and how the first passes on changes of what entered it."""
     arguments, _ = draw(Case(128, 64, 64, decay="scalar", drift="scalar"), "bfloat16")
@@ -232,6 +233,76 @@ def test_a_simulated_sweep_finds_what_the_whole_recursion_finds_for_the_start(ca
     mean, covariance = sweep(*asked, *lasts, interpret=True)
     np.testing.assert_array_equal(mean, whole["first_mean"])
     np.testing.assert_array_equal(covariance, whole["first_covariance"])
+    assert "RACE" not in capfd.readouterr().out
+
+
+def test_simulated_beliefs_pass_through_segments_as_defined(capfd):
+    """Two of two rows, by elements drawn at random; what enters one fades to nothing."""
+    rng = np.random.default_rng(0)
+    rows, parts = 2, 3
+    moved, added_mean, evidence, root = rng.normal(size=(4, rows, parts, 64, 64)) / 8
+    added, covariance = (part @ part.swapaxes(-1, -2) for part in (moved / 2, added_mean[:, 0]))
+    moved[1, 1], root[1, 1], evidence[1, 1] = 1e-42, 0, 1e-42
+    mean, information = rng.normal(size=(rows, 64, 64)) / 8, root.swapaxes(-1, -2) @ root
+    element = Element(moved, added_mean, added, evidence, information)
+
+    def single(array):
+        return jnp.asarray(array.reshape(-1, 64, 64), "float32")
+
+    given = jax.tree.map(single, (element, root, covariance, mean))
+    found = join_starts(*given, parts, interpret=True)
+    covariances, means, closed, informed = [covariance], [mean], [], []
+    for part in range(parts - 1):
+        shrunk = np.linalg.inv(np.eye(64) + information[:, part] @ covariances[-1])
+        posterior = covariances[-1] @ shrunk
+        informed.append(means[-1] @ shrunk + evidence[:, part] @ posterior)
+        closed.append(shrunk @ moved[:, part])
+        means.append(informed[-1] @ moved[:, part] + added_mean[:, part])
+        turned = moved[:, part].swapaxes(-1, -2) @ posterior
+        covariances.append(turned @ moved[:, part] + added[:, part])
+    for part, reference in zip(found, (covariances, means, closed, informed), strict=True):
+        whole = np.stack(reference, axis=1)
+        assert np.linalg.norm(part - whole) < 2e-5 * np.linalg.norm(whole)
+    assert "RACE" not in capfd.readouterr().out
+
+
+def test_information_of_almost_nothing_has_no_root():
+    """Near the smallest numbers it is no definite matrix, of which a root would be no number."""
+    root = np.random.default_rng(0).normal(size=(64, 64)) / 8
+    information = np.asarray([1e-25, 1e-36])[:, None, None] * (root.T @ root)
+    some, none = segments.roots(jnp.asarray(information, "float32"), interpret=True)
+    some = np.asarray(some, np.float64)
+    gap = np.linalg.norm(some.T @ some - information[0])
+    assert gap < 1e-4 * np.linalg.norm(information[0])
+    assert not np.any(none)
+
+
+def test_simulated_cotangents_pass_through_segments_as_defined(capfd):
+    """Four of two rows, by numbers drawn at random; places of more segments stay empty."""
+    rng = np.random.default_rng(0)
+    rows, parts = 2, 4
+    own_mean, own_covariance = 0.3 * rng.normal(size=(2, rows, parts, 64, 64))
+    last_mean, last_covariance = 0.3 * rng.normal(size=(2, rows, 64, 64))
+    loops = np.zeros((2, rows, 5, 64, 64))
+    loops[:, :, : parts - 1] = 0.1 * rng.normal(size=(2, rows, parts - 1, 64, 64))
+    own_covariance, last_covariance = (
+        part + part.swapaxes(-1, -2) for part in (own_covariance, last_covariance)
+    )
+    given = [own_mean.reshape(-1, 64, 64), own_covariance.reshape(-1, 64, 64), *loops]
+    given = [jnp.asarray(part, "float32") for part in (*given, last_mean, last_covariance)]
+    found = join_ends(*given, parts, interpret=True)
+    means, covariances = [last_mean, own_mean[:, -1]], [last_covariance, own_covariance[:, -1]]
+    for part in range(parts - 2, 0, -1):
+        closed, crossed = loops[:, :, part]
+        faded = means[-1] @ closed.swapaxes(1, 2)
+        turned = crossed.swapaxes(1, 2) @ faded
+        kept = closed @ covariances[-1] @ closed.swapaxes(1, 2)
+        means.append(faded + own_mean[:, part])
+        of_covariance = kept + (turned + turned.swapaxes(1, 2)) / 2
+        covariances.append(of_covariance + own_covariance[:, part])
+    for part, reference in zip(found, (means, covariances), strict=True):
+        whole = np.stack(reference[::-1], axis=1).reshape(-1, 64, 64)
+        assert np.linalg.norm(part - whole) < 2e-5 * np.linalg.norm(whole)
     assert "RACE" not in capfd.readouterr().out
 
 
@@ -311,11 +382,15 @@ def test_a_simulated_sequence_over_devices_is_the_definition(segments_each, star
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("dtype", TOLERANCES)
-def test_simulated_segments_and_their_gradients_are_the_definition(dtype, monkeypatch, capfd):
+@pytest.mark.parametrize(
+    ("dtype", "other"), [("float32", {}), ("bfloat16", {}), ("float32", {"weakest": -50.0})]
+)
+def test_simulated_segments_and_their_gradients_are_the_definition(
+    dtype, other, monkeypatch, capfd
+):
     """Three, of one chunk each; documents start in the second, which forgets what entered."""
     monkeypatch.setattr(segments, "most", lambda chunks, tree=False: 3)
-    case = Case(150, 64, 64, decay="scalar", drift="scalar", starts=(70,))
+    case = Case(150, 64, 64, decay="scalar", drift="scalar", starts=(70,), **other)
     arguments, starts = draw(case, dtype)
     found = differentiated(simulated)(arguments, starts)
     assert_within(found, expected(arguments, starts), dtype)
@@ -500,15 +575,29 @@ def lowered(case: Case, dtype: str, dial=None) -> tuple[int, int]:
     return gradient, alone
 
 
-@pytest.mark.exhaustive  # these kernels are those of the test below
+def test_kernels_that_join_segments_lower_for_cuda():
+    segment, row = (jnp.zeros((number, 64, 64)) for number in (6, 2))
+    loop = jnp.zeros((2, 2, 64, 64))
+
+    def join(segment, row, loop):
+        entering = join_starts(Element(*[segment] * 5), segment, row, row, 3)
+        return entering, join_ends(segment, segment, loop, loop, row, row, 3)
+
+    with mosaic.lowering_mesh():
+        program = jax.jit(join).trace(segment, row, loop)
+        text = program.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu_v2") == 2
+
+
+@pytest.mark.exhaustive  # these kernels are those of the tests beside it
 def test_segments_lower_for_cuda(monkeypatch):
-    """Three of two chunks: four kernels more, of which one joins them within a loop."""
+    """Three of two chunks: five kernels more, of which two join them."""
     monkeypatch.setattr(segments, "most", lambda chunks, tree=False: 3)
     arguments, starts = draw(Case(350, 64, 64, decay="scalar", drift="scalar"), "bfloat16")
     with mosaic.lowering_mesh():
         lowered = jax.jit(differentiated(kernel_scan)).trace(arguments, starts)
         text = lowered.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("mosaic_gpu_v2") == 7
+    assert text.count("mosaic_gpu_v2") == 8
 
 
 @pytest.mark.parametrize("segments_each", [1, pytest.param(3, marks=pytest.mark.exhaustive)])
@@ -526,6 +615,19 @@ def test_a_sequence_over_devices_lowers_for_cuda(segments_each, monkeypatch):
     sent = re.findall(r"all_gather.*x(\d+)xf32>\) ->", text)
     element = communication.predicted(EXACT, 2, value=64, key=64).numbers
     assert sent == [str(element), str(element - 64**2)]
+
+
+@pytest.mark.parametrize("dial", [None, 0.5])
+def test_kernels_of_float32_hold_no_float64_where_it_is_enabled(dial, monkeypatch):
+    """Nor what joins parts over devices; a restored sequence is held by one."""
+    monkeypatch.setattr(sharded, "device_refusal", lambda: None)
+    arguments, starts = draw(Case(128, 64, 64, decay="scalar", drift="scalar"), "float32", dial)
+    device = mosaic.lowering_device()
+    mesh = AbstractMesh((2,), ("sequence",), (AxisType.Auto,), abstract_device=device)
+    form = kernel_scan if dial else over_devices(mesh)
+    with jax.enable_x64(True), mosaic.lowering_mesh():
+        program = jax.jit(differentiated(form)).trace(arguments, starts)
+    assert not re.search(r"f64\[\d", str(program.jaxpr))
 
 
 FITTING = Case(20, 64, 64, decay="scalar", drift="scalar", starts=(3,))

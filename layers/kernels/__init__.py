@@ -7,8 +7,8 @@ Mosaic's, and `dispatch` decides what runs. Rates per key have `keywise`, and `k
 their gradient in XLA.
 `delta_rule` runs means of the reset filter as another library's kernels.
 `segments` cuts a few long sequences into parts that run side by side, with `elements` for what a
-part does to any belief, and `sweep` for what it asks of it; `devices` joins parts that several
-devices hold. `head` makes rows of heads.
+part does to any belief, `sweep` for what it asks of it, and `joining` for the parts in turn;
+`devices` joins parts that several devices hold. `head` makes rows of heads.
 
 **Range.** Read-outs are within 1e-4, gradients within 1e-3 of the filter in float64 of the same
 inputs, relative by norm, as tests/test_kernels.py says case by case: any decay; noise down to 1e-4

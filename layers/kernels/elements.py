@@ -134,7 +134,6 @@ def _body(*refs, names, chunks, slots, interpret):
     here = SimpleNamespace(**named, interpret=interpret)
     row, warpgroup = lax.axis_index("row"), lax.axis_index("wg")
     lag = min(1, slots - 1)
-    thin = WIDTH, BLOCK
     multiply = partial(mosaic.product, interpret=interpret)
     load = mosaic.load
     nothing = mosaic.zeros(SQUARE, mosaic.MATRIX)
@@ -153,21 +152,6 @@ def _body(*refs, names, chunks, slots, interpret):
             return block(slot, i * BLOCK, pl.ds(i * BLOCK, BLOCK), carry)
 
         return lax.fori_loop(0, CHUNK // BLOCK, step, carry)
-
-    def innovate(state, count, slot, tokens, columns, written=None):
-        """Leave a memory's innovations to be whitened."""
-        keys = pieces_of(here.keys, slot, tokens)
-        expected = multiply(thin, pairs(pieces(state, count), keys, count))
-        expected = expected * along_columns(load(here.alphas.at[slot, tokens], COLUMNS), thin)
-        written = 0 if written is None else mosaic.load_transposed(written.at[slot, tokens])
-        mosaic.store_transposed(here.columns.at[:, columns], written - expected)
-
-    def update(state, surprise, count, slot, start, tokens):
-        """A memory after a block, given its whitened innovations."""
-        end = along_columns(load(here.ends.at[slot, tokens], COLUMNS), thin)
-        right = across(here.moved.at[0], count, KEYS)
-        moved = multiply(SQUARE, pairs(pieces(surprise * end, count), right, count))
-        return state * here.alphas[slot, start + BLOCK - 1] + moved
 
     def told(surprise):
         """What whitened innovations say of the start: their products with Φ's."""
@@ -205,11 +189,11 @@ def _body(*refs, names, chunks, slots, interpret):
     def _mean():
         def block(slot, start, tokens, carry):
             mean, evidence = carry
-            innovate(mean, MEAN_PIECES, slot, tokens, VALUES, here.values)
+            innovate(here, mean, MEAN_PIECES, slot, tokens, VALUES, here.values)
             mosaic.barrier_arrive(here.innovations_ready)
             mosaic.barrier_wait(here.elimination_ready)
             surprise = mosaic.load_transposed(here.whitened.at[:, VALUES])
-            mean = update(mean, surprise, MEAN_PIECES, slot, start, tokens)
+            mean = update(here, mean, surprise, MEAN_PIECES, slot, start)
             mosaic.barrier_wait(here.guided_ready)
             return mean, evidence - told(surprise)
 
@@ -226,7 +210,7 @@ def _body(*refs, names, chunks, slots, interpret):
     def _loop():
         def block(slot, start, tokens, carry):
             loop, told_here = carry
-            innovate(loop, COVARIANCE_PIECES, slot, tokens, LOOP)
+            innovate(here, loop, COVARIANCE_PIECES, slot, tokens, LOOP)
             mosaic.barrier_arrive(here.innovations_ready)
             mosaic.barrier_wait(here.joint_ready)
             mosaic.eliminate(
@@ -246,7 +230,7 @@ def _body(*refs, names, chunks, slots, interpret):
             mosaic.barrier_arrive(here.guided_ready)
             told_here = told_here + told(surprise)
             mosaic.barrier_wait(here.elimination_ready)
-            return update(loop, surprise, COVARIANCE_PIECES, slot, start, tokens), told_here
+            return update(here, loop, surprise, COVARIANCE_PIECES, slot, start), told_here
 
         def chunk(c, loop):
             loop, told_here = through_blocks(block, c, (loop, nothing))
@@ -262,3 +246,33 @@ def _body(*refs, names, chunks, slots, interpret):
         here.rounded[...] = nothing
         leave(out.moved, lax.fori_loop(0, chunks, chunk, identity()))
         leave(out.information, load(here.information) + load(here.rounded))
+
+
+def innovate(here, state, count, slot, tokens, columns, written=None):
+    """Leave a memory's innovations to be whitened, in these columns; 0 is written where left out.
+
+    Args:
+        here: what lies in shared memory, by name.
+        state: the memory before the block.
+        count: pieces that it is split into.
+        slot: where the chunk lies.
+        tokens: of the chunk, the block's.
+        columns: of what is whitened.
+        written: values.
+    """
+    thin = WIDTH, BLOCK
+    products = pairs(pieces(state, count), pieces_of(here.keys, slot, tokens), count)
+    expected = mosaic.product(thin, products, here.interpret)
+    expected = expected * along_columns(mosaic.load(here.alphas.at[slot, tokens], COLUMNS), thin)
+    written = 0 if written is None else mosaic.load_transposed(written.at[slot, tokens])
+    mosaic.store_transposed(here.columns.at[:, columns], written - expected)
+
+
+def update(here, state, surprise, count, slot, start):
+    """A memory after the block that starts there, given its whitened innovations."""
+    tokens = pl.ds(start, BLOCK)
+    end = along_columns(mosaic.load(here.ends.at[slot, tokens], COLUMNS), (WIDTH, BLOCK))
+    right = across(here.moved.at[0], count, KEYS)
+    products = pairs(pieces(surprise * end, count), right, count)
+    moved = mosaic.product(SQUARE, products, here.interpret)
+    return state * here.alphas[slot, start + BLOCK - 1] + moved

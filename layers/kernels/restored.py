@@ -70,7 +70,7 @@ def of_kept(
     last = jnp.concatenate([through[:, None], -(end**2) * at_end], axis=-1)
     every = jnp.concatenate([earlier, last[:, None]], axis=1)
     within = kept_within(faded)
-    lower = jnp.tril(jnp.ones((CHUNK, CHUNK)))
+    lower = jnp.tril(jnp.ones((CHUNK, CHUNK), jnp.float32))
     later = within * lower
     later = jnp.concatenate([later, later[:, -1:]], axis=1)  # (u or end, t), for u ≥ t
     since = jnp.concatenate([jnp.exp(faded)[..., None], within * lower], axis=-1)

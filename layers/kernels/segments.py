@@ -8,10 +8,11 @@ S segments, about as many as fill the card:
 3. `kernels.forward` filters all segments side by side from there.
 
 **Joining.** An element says of its start what 64 values with keys R and noise 1 would, where
-RᵀR = J. So `kernels.forward` itself finds what the belief that enters becomes: from mean I and P,
-over 64 such values of 0, it returns Υ = (I + J P)⁻¹ and P⁺ = P Υ, and M⁺ = M Υ + η P⁺. No matrix is
-inverted. R comes from the kernel too (`roots`): from covariance J, scaled to a diagonal of 1, it
-eliminates unit keys, and the whitened covariances that it leaves are rows of R. Their noise
+RᵀR = J. So what filters tokens finds what the belief that enters becomes: from mean I and P, over
+64 such values of 0, come Υ = (I + J P)⁻¹ and P⁺ = P Υ, and M⁺ = M Υ + η P⁺. No matrix is inverted.
+`kernels.joining` does so for all segments of a head in one program. R comes from the filter's
+kernel too (`roots`): from covariance J, scaled to a diagonal of 1, it eliminates unit keys, and the
+whitened covariances that it leaves are rows of R. Their noise
 δ = 1e-5 keeps pivots positive that rounding might not (J's is some 1e-6), and takes from the
 information of a direction at most δ of that of the coordinates. Where the memory drifts or decays
 so little information lasts that starts have the digits of a filter token by token, or more; where
@@ -43,9 +44,9 @@ segments) beliefs that enter segments are as near float64 as when joined in turn
 fades errors are up to five times larger.
 
 **How many.** A chunk of 64 tokens takes about 12 µs in the elements' pass and 14 in the filter's; a
-segment's place in the joining 50. So rows × S is at most one wave of programs, and S at most √(N/2)
-for N chunks, 2 √(N/2) over devices, where twice as many cost a round. S divides N, which `padded`
-makes easy; from 3 segments on it pays.
+segment's place in the joining some 20. So rows × S is at most one wave of programs, and S at most
+√(N/2) for N chunks, 2 √(N/2) over devices, where twice as many cost a round. S divides N, which
+`padded` makes easy; from 3 segments on it pays.
 """
 
 from collections.abc import Callable
@@ -56,13 +57,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
+
+from layers.precision import exact_product
 
 from . import reverse
-from .blocks import Rates, rates
+from .blocks import Rates
 from .covariance import CHUNK, WIDTH
 from .elements import Element, elements
 from .forward import filter_blocks
+from .joining import join_ends, join_starts
+from .mosaic import BLOCK
 from .sweep import sweep
 
 FEWEST = 3
@@ -154,22 +159,12 @@ def starts(
         interpret: whether kernels are simulated on a CPU.
     """
     found = of_segments(key, value, given, segments, interpret=interpret)
-    found = jax.tree.map(lambda part: jnp.moveaxis(part[:, :-1], 1, 0), found)
-    root = roots(found.information, interpret)
-    through = passing(len(covariance), interpret)
-
-    def step(belief: tuple[States, States], moment: tuple[Element, States]):
-        passed = through(*moment, *belief)
-        after = passed.covariance, passed.mean
-        return after, (*after, passed.loops)
-
-    _, (covariances, means, loops) = lax.scan(step, (covariance, mean), (found, root))
-
-    def by_row(first: States, rest: Array) -> PerSegment:
-        return jnp.moveaxis(jnp.concatenate([first[None], rest]), 0, 1)
-
-    loops = jax.tree.map(lambda part: jnp.moveaxis(part, 0, 1), loops)
-    return by_row(covariance, covariances), by_row(mean, means), loops
+    each = flat(found)
+    covariances, means, closed, informed = join_starts(
+        each, roots(each.information, interpret), covariance, mean, segments, interpret=interpret
+    )
+    told = exact_product(informed, found.information[:, :-1])
+    return covariances, means, Loops(closed, found.evidence[:, :-1] - told)
 
 
 def of_segments(
@@ -186,46 +181,37 @@ def of_segments(
     return jax.tree.map(lambda part: part.reshape(-1, segments, *part.shape[1:]), found)
 
 
-def passing(rows: int, interpret: bool = False) -> Callable[..., Passage]:
-    """What passes so many beliefs through as many segments: of elements, roots of their J, P, M."""
-    unit = jnp.broadcast_to(jnp.eye(WIDTH), (rows, WIDTH, WIDTH))
-    nothing, tokens = jnp.zeros_like(unit), _unit_tokens(rows, 1.0)
-
-    def through(element: Element, root: States, covariance: States, mean: States) -> Passage:
-        heard = filter_blocks(
-            root, nothing, nothing, tokens, covariance, unit, save=False, interpret=interpret
-        )
-        shrunk, posterior = heard["last_mean"], _symmetric(heard["last_covariance"])
-        # Products with the same right operand are made together.
-        told = jnp.concatenate([mean, element.evidence], axis=2)
-        informed = _product(told, jnp.concatenate([shrunk, posterior], axis=1))
-        left = jnp.concatenate([informed, posterior, shrunk], axis=1)
-        moved_mean, moved, closed = jnp.split(_product(left, element.moved), 3, axis=1)
-        after = _product(element.moved.mT, moved) + element.covariance
-        crossed = element.evidence - _product(informed, element.information)
-        loops = Loops(closed, crossed)
-        whitened = heard["whitened"][:, :, WIDTH:]
-        return Passage(_symmetric(after), moved_mean + element.mean, loops, whitened)
-
-    return through
-
-
 def passed(element: Element, covariance: States, mean: States, interpret: bool = False) -> Passage:
     """What each of some segments makes of the belief that enters it."""
-    through = passing(len(covariance), interpret)
-    return through(element, roots(element.information, interpret), covariance, mean)
+    rows = len(covariance)
+    unit = jnp.broadcast_to(jnp.eye(WIDTH, dtype=jnp.float32), (rows, WIDTH, WIDTH))
+    nothing, tokens = jnp.zeros_like(unit), _unit_tokens(rows, 1.0)
+    root = roots(element.information, interpret)
+    heard = filter_blocks(
+        root, nothing, nothing, tokens, covariance, unit, save=False, interpret=interpret
+    )
+    shrunk, posterior = heard["last_mean"], _symmetric(heard["last_covariance"])
+    # Products with the same right operand are made together.
+    told = jnp.concatenate([mean, element.evidence], axis=2)
+    informed = exact_product(told, jnp.concatenate([shrunk, posterior], axis=1))
+    left = jnp.concatenate([informed, posterior, shrunk], axis=1)
+    moved_mean, moved, closed = jnp.split(exact_product(left, element.moved), 3, axis=1)
+    after = exact_product(element.moved.mT, moved) + element.covariance
+    loops = Loops(closed, element.evidence - exact_product(informed, element.information))
+    whitened = heard["whitened"][:, :, WIDTH:]
+    return Passage(_symmetric(after), moved_mean + element.mean, loops, whitened)
 
 
 def combined(first: Element, second: Element, interpret: bool = False) -> Element:
     """What stretches do in turn, `first` before `second`."""
     after = passed(second, first.covariance, first.mean, interpret)
-    told = _product(first.moved, after.told.mT)
+    told = exact_product(first.moved, after.told.mT)
     return Element(
-        _product(first.moved, after.loops.closed),
+        exact_product(first.moved, after.loops.closed),
         after.mean,
         after.covariance,
-        first.evidence + _product(after.loops.crossed, first.moved.mT),
-        first.information + _product(told, told.mT),
+        first.evidence + exact_product(after.loops.crossed, first.moved.mT),
+        first.information + exact_product(told, told.mT),
     )
 
 
@@ -240,15 +226,15 @@ class Asked(NamedTuple):
     def of_start(self, of_mean: Squares, of_covariance: Squares) -> tuple[Array, Array]:
         """Cotangents of mean and covariance at its start, given those at its end."""
         rows = of_mean.shape[-2]
-        faded = _product(jnp.concatenate([of_mean, of_covariance], axis=-2), self.closed.mT)
-        turned = _product(jnp.concatenate([self.crossed.mT, self.closed], axis=-1), faded)
+        faded = exact_product(jnp.concatenate([of_mean, of_covariance], axis=-2), self.closed.mT)
+        turned = exact_product(jnp.concatenate([self.crossed.mT, self.closed], axis=-1), faded)
         return faded[..., :rows, :] + self.of_mean, _symmetric(turned) + self.of_covariance
 
     def before(self, later: "Asked") -> "Asked":
         """What it asks together with the stretch that follows it."""
         return Asked(
-            _product(self.closed, later.closed),
-            self.crossed + _product(later.crossed, self.closed.mT),
+            exact_product(self.closed, later.closed),
+            self.crossed + exact_product(later.crossed, self.closed.mT),
             *self.of_start(later.of_mean, later.of_covariance),
         )
 
@@ -358,7 +344,7 @@ def loops_of(
 
 def no_loops(rows: int) -> Loops:
     """Of no segments."""
-    none = jnp.zeros((rows, 0, WIDTH, WIDTH))
+    none = jnp.zeros((rows, 0, WIDTH, WIDTH), jnp.float32)
     return Loops(none, none)
 
 
@@ -391,31 +377,12 @@ def ends(
         segments: how many.
         interpret: whether kernels are simulated on a CPU.
     """
-    lasts = of_last_mean, of_last_covariance
-
-    def by_row(state: Float[Array, "part key key"]) -> PerSegment:
-        return state.reshape(-1, segments, WIDTH, WIDTH)
-
     # What is asked of the last segment's end, and nothing of the others'.
     before = [(0, 0), (segments - 1, 0), (0, 0), (0, 0)]
+    lasts = of_last_mean, of_last_covariance
     alone = (jnp.pad(last[:, None], before).reshape(-1, WIDTH, WIDTH) for last in lasts)
-    own = [by_row(state) for state in sweep(*asked, *alone, interpret=interpret)]
-    inner = slice(1, segments - 1)
-    moments = Asked(*(part[:, inner] for part in (*loops, *own)))
-
-    def through(of_end: tuple[States, States], moment: Asked):
-        of_start = moment.of_start(*of_end)
-        return of_start, of_start
-
-    first = own[0][:, -1], own[1][:, -1]
-    by_segment = jax.tree.map(lambda part: jnp.moveaxis(part, 1, 0), moments)
-    _, earlier = lax.scan(through, first, by_segment, reverse=True)
-
-    def joined(rest: Array, *later: States) -> Float[Array, "part key key"]:
-        whole = jnp.concatenate([rest, *(state[None] for state in later)])
-        return jnp.moveaxis(whole, 0, 1).reshape(-1, WIDTH, WIDTH)
-
-    return joined(earlier[0], first[0], lasts[0]), joined(earlier[1], first[1], lasts[1])
+    own = sweep(*asked, *alone, interpret=interpret)
+    return join_ends(*own, *loops, *lasts, segments, interpret=interpret)
 
 
 def asked_from(
@@ -429,7 +396,7 @@ def asked_from(
         segments: how many.
         interpret: whether kernels are simulated on a CPU.
     """
-    nothing = jnp.zeros((len(asked[0]), WIDTH, WIDTH))
+    nothing = jnp.zeros((len(asked[0]), WIDTH, WIDTH), jnp.float32)
     own = sweep(*asked, of_last_mean=nothing, of_last_covariance=nothing, interpret=interpret)
     of_mean, of_covariance = (state.reshape(-1, segments, WIDTH, WIDTH) for state in own)
     closed, crossed = (loop[:, :segments] for loop in loops)
@@ -450,13 +417,10 @@ def ends_from(
 
 def _unit_tokens(rows: int, noise: float) -> Rates:
     """Rates of 64 tokens that neither decay nor drift."""
-    zero = jnp.zeros((rows, CHUNK))
-    never: Bool[Array, "row time"] = jnp.zeros((rows, CHUNK), bool)
-    return rates(jnp.full((rows, CHUNK), noise), zero, never, zero)
-
-
-def _product(left: Array, right: Array) -> Array:
-    return jnp.matmul(left, right, precision="highest")
+    one = jnp.ones((rows, CHUNK), jnp.float32)
+    lower = jnp.tril(jnp.ones((BLOCK, BLOCK), jnp.float32))
+    ratios = jnp.tile(lower, (rows, CHUNK // BLOCK, 1))
+    return Rates(noise * one, one, 0 * one, one, one, ratios)
 
 
 def _symmetric(square: Array) -> Array:
