@@ -13,6 +13,7 @@ for name, value in {
     "JAX_COMPILATION_CACHE_DIR": str(PROGRAMS),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "OPENBLAS_NUM_THREADS": "1",  # NumPy's threads only wait for each other where tests take turns
     "PJRT_NPROC": "4",  # simulated kernels block a thread for each of up to three warpgroups
 }.items():
     os.environ.setdefault(name, value)

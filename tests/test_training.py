@@ -133,21 +133,6 @@ def test_harder_rows_hold_twice_as_many_pairs_as_a_memory_has_keys():
 # -- what is learned -----------------------------------------------------------------------------
 
 
-def test_of_rates_that_are_right_equally_often_the_surest_is_best():
-    plan = replace(tiny(), rates=(1e-3, 1e-2, 1e-1), seeds=(0, 1))
-    accuracies, errors = (0.9, 1.0, 1.0), (0.1, 0.2, 0.3)
-
-    def scores(errors):
-        return [
-            {"accuracy": right, "calibration_error": error}
-            for right, error in zip(accuracies, errors, strict=True)
-            for _ in plan.seeds
-        ]
-
-    assert best_rate(plan, {"rows": scores(errors)}) == 1e-2
-    assert best_rate(plan, {"rows": scores(errors[::-1])}) == 1e-1
-
-
 def test_tokens_pass_short_convolutions_and_pairs_of_vectors_do_not():
     tokens, pairs = zoology_plan("mqar", "bayesian_layer"), tiny("bayesian_layer")
     for plan, convolved in ((tokens, True), (pairs, False)):
@@ -450,11 +435,21 @@ def test_the_rate_is_chosen_on_validation_rows():
     plan = replace(plan, rates=(1e-3, 1e-2))
     scores = {"validation": [0.1, 0.2, 0.9, 0.8], "test": [1.0, 1.0, 0.4, 0.5]}
     metrics = {
-        part: {"rows": [{"accuracy": accuracy} for accuracy in found]}
+        part: {"rows": [{"accuracy": accuracy, "calibration_error": 0.1} for accuracy in found]}
         for part, found in scores.items()
     }
     line = summary(plan, metrics | {"parameters": 1, "tokens_per_second": 1.0})
     assert (line.rate, line.accuracy) == (1e-2, {"rows": [0.4, 0.5]})
+
+
+@pytest.mark.parametrize(("errors", "best"), [((0.1, 0.2, 0.3), 1e-2), ((0.3, 0.2, 0.1), 1e-1)])
+def test_of_rates_that_are_right_equally_often_the_surest_is_chosen(errors, best):
+    plan = replace(tiny(), rates=(1e-3, 1e-2, 1e-1), seeds=(0,))
+    scores = [
+        {"accuracy": accuracy, "calibration_error": error}
+        for accuracy, error in zip((0.9, 1.0, 1.0), errors, strict=True)
+    ]
+    assert best_rate(plan, {"rows": scores}) == best
 
 
 def test_seeds_together_are_their_mean_and_its_interval():
