@@ -64,7 +64,10 @@ def finish(
     plan, began = folder.plan(), time.perf_counter()
     runs, first, history = folder.load(start(plan, mixer_of(plan)))
     runs, writes = placed(runs, mesh), jax.process_index() == 0
-    pieces = history.setdefault("pieces", [])
+    # Of every step, those of every run; of every piece of training, seconds in all, and tokens and
+    # seconds of its steps but the first.
+    history = {"loss": [], "accuracy": [], "pieces": []} | history
+    pieces = history["pieces"]
     pieces.append([0.0, 0, 0.0])
     saved = time.perf_counter()
     spent = _Meter()

@@ -156,7 +156,7 @@ def distill(
     if restored:
         layers = on_layers(corpus.end, plan.compute, restored)
         matching = make_step(layers, descent, training, teacher.model, mesh)
-    run = Run(files.state, steps, plan.batch * plan.mixture.length, devices, show, deadline)
+    run = Run(files, steps, plan.batch * plan.mixture.length, devices, show, deadline)
     training, history, done = train(
         run,
         training,

@@ -153,7 +153,7 @@ def pretrain(
     descent = Descent(plan.rate, plan.rate, plan.steps, warmup, plan.weight_decay)
     objective = on_text(corpus.end, plan.compute, answers=plan.answers)
     step = make_step(objective, descent, training, None, mesh)
-    run = Run(files.state, plan.steps, plan.batch * plan.mixture.length, devices, show, deadline)
+    run = Run(files, plan.steps, plan.batch * plan.mixture.length, devices, show, deadline)
     training, history, done = train(
         run,
         training,

@@ -1,4 +1,4 @@
-"""Files of a language model's run: its plan, its checkpoint, its model and its record."""
+"""Files of a language model's run: also the model that it ends with."""
 
 import json
 import shutil
@@ -14,10 +14,6 @@ from recall.kept_run import KeptRun
 @dataclass(frozen=True)
 class RunFiles(KeptRun):
     """Where a run's files lie."""
-
-    @property
-    def state(self) -> Path:
-        return self.path / "state.eqx"
 
     @property
     def model(self) -> Path:

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -17,8 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from layers import LanguageModel
-from recall.checkpoint_file import load_checkpoint, save_checkpoint
 from recall.checkpoints.surgery import dials, restoration_of, with_dials
+from recall.kept_run import KeptRun
 from recall.text.corpus import Rows
 
 _SECONDS_BETWEEN_SAVES = 120.0
@@ -198,7 +197,7 @@ class Run:
     """Training on disk.
 
     Args:
-        file: of the checkpoint.
+        files: of the run.
         steps: in all.
         tokens: read in a step.
         devices: that share them.
@@ -206,7 +205,7 @@ class Run:
         deadline: `time.perf_counter()` at which training stops with a checkpoint.
     """
 
-    file: Path
+    files: KeptRun
     steps: int
     tokens: int
     devices: int
@@ -231,11 +230,8 @@ def train(
     Returns:
         The training, what was told of it, and whether it is at its end.
     """
-    history: History = {"told": {}, "seconds": [], "compiling": []}
-    first = 0
-    if run.file.exists():
-        training, head = load_checkpoint(run.file, training)
-        first, history = head["step"], head["history"]
+    training, first, before = run.files.load(training)
+    history: History = {"told": {}, "seconds": [], "compiling": []} | before
     if first >= run.steps:
         return training, history, True
     history["seconds"].append(0.0)
@@ -263,7 +259,7 @@ def train(
             waiting = None
             history["seconds"][-1] = time.perf_counter() - began - compiling
             history["compiling"][-1] = compiling
-            save_checkpoint(run.file, training, {"step": number + 1, "history": history})
+            run.files.save(training, number + 1, history)
             saved = time.perf_counter()
             if late and not last:
                 return training, history, False
