@@ -119,7 +119,7 @@ def kernel_scan(
     # Mosaic is imported where it is used alone.
     from .exact import filter_head
     from .head import Filtered, Head
-    from .keywise_head import KeywiseHead, filter_keywise_head
+    from .keywise_head import filter_keywise_head
     from .segments import padded as filled_up
 
     covariance = initial.covariance
@@ -160,7 +160,7 @@ def kernel_scan(
 
     def rows_of(value, mean) -> Filtered:
         """What up to 64 rows of the memory say; rows share a covariance, and know of no others."""
-        shared = (
+        head = Head(
             padded(key),
             padded(value),
             padded(query),
@@ -170,10 +170,10 @@ def kernel_scan(
             padded(added),
             square(covariance),
             square(mean),
+            None if kept is None else padded(kept, 1),
         )
         if keywise:
-            return filter_keywise_head(KeywiseHead(*shared), len(mean), interpret)
-        head = Head(*shared, None if kept is None else padded(kept, 1))
+            return filter_keywise_head(head, len(mean), interpret)
         return filter_head(head, len(mean), interpret, whole, axis)
 
     rows, width = min(WIDTH, value.shape[-1]), key.shape[-1]

@@ -17,9 +17,10 @@ class Head(NamedTuple):
         value: what is written.
         query: what is read.
         noise: r.
-        log_decay: of memory and standard deviation alike.
+        log_decay: of memory and standard deviation alike; one number, or one a key.
         starts: where documents start.
-        added: variance before the write: drift, or all of it where a document starts.
+        added: variance before the write: drift, or all of it where a document starts; one number,
+            or one a key.
         covariance: P before the first token.
         mean: M before the first token.
         kept: λ of a restoration, or None: what the prediction keeps of a² P, to which `added` is
@@ -30,9 +31,9 @@ class Head(NamedTuple):
     value: Float[Array, "time value"]
     query: Float[Array, "time key"]
     noise: Float[Array, " time"]
-    log_decay: Float[Array, " time"]
+    log_decay: Float[Array, "time ..."]
     starts: Bool[Array, " time"]
-    added: Float[Array, " time"]
+    added: Float[Array, "time ..."]
     covariance: Float[Array, "key key"]
     mean: Float[Array, "value key"]
     kept: Float[Array, " time"] | None = None

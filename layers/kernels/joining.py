@@ -288,40 +288,37 @@ def _ends(
         meet()
         return faded, own
 
-    def back(step):
-        return segments - 2 - step
+    def backwards(segment, own, of_last, out):
+        """Cotangents after each segment, the last one's given: `segment` gives that before it."""
+
+        def before(step, of_end):
+            c = segments - 2 - step
+            of_start = segment(c, of_end)
+            out.at[first + c - 1][...] = of_start
+            meet()
+            return of_start
+
+        last = first + segments - 1
+        out.at[last][...] = mosaic.load(of_last.at[row])
+        start = mosaic.load(own.at[last])
+        out.at[last - 1][...] = start
+        lax.fori_loop(0, segments - 2, before, start)
 
     @pl.when(warpgroup == 0)
     def _covariance():
-        def segment(step, of_end):
-            c = back(step)
+        def segment(c, of_end):
             _, own = through(c, of_end, own_covariance, closed_in, closed, faded_covariance)
             terms = times(parts(crossed, turned=True), parts(faded_mean))
             terms += times(parts(faded_mean, turned=True), parts(crossed))
             of_start = 0.5 * multiply(terms) + own
-            of_start = of_start + multiply(times(parts(closed), parts(faded_covariance)))
-            out_covariance.at[first + c - 1][...] = of_start
-            meet()
-            return of_start
+            return of_start + multiply(times(parts(closed), parts(faded_covariance)))
 
-        last = first + segments - 1
-        out_covariance.at[last][...] = mosaic.load(of_last_covariance.at[row])
-        start = mosaic.load(own_covariance.at[last])
-        out_covariance.at[last - 1][...] = start
-        lax.fori_loop(0, segments - 2, segment, start)
+        backwards(segment, own_covariance, of_last_covariance, out_covariance)
 
     @pl.when(warpgroup == 1)
     def _mean():
-        def segment(step, of_end):
-            c = back(step)
+        def segment(c, of_end):
             faded, own = through(c, of_end, own_mean, crossed_in, crossed, faded_mean)
-            of_start = faded + own
-            out_mean.at[first + c - 1][...] = of_start
-            meet()
-            return of_start
+            return faded + own
 
-        last = first + segments - 1
-        out_mean.at[last][...] = mosaic.load(of_last_mean.at[row])
-        start = mosaic.load(own_mean.at[last])
-        out_mean.at[last - 1][...] = start
-        lax.fori_loop(0, segments - 2, segment, start)
+        backwards(segment, own_mean, of_last_mean, out_mean)

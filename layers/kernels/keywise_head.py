@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array
 
 from layers.chunks import (
     accumulated,
@@ -32,58 +32,33 @@ from layers.precision import exact_product
 from layers.triangular import triangular_inverse
 
 from .forward import CHUNK
-from .head import Filtered, over_rows
+from .head import Filtered, Head, over_rows
 from .keywise import filter_keywise, prepare
 
 AT_ONCE = 8
 """Chunks of every head whose rates, a number for each pair of tokens and key, exist together."""
 
 
-class KeywiseHead(NamedTuple):
-    """What one head filters, in float32; time is a multiple of 64.
-
-    Args:
-        key: directions written.
-        value: what is written.
-        query: what is read.
-        noise: r.
-        log_decay: of memory and standard deviation alike.
-        starts: where documents start.
-        added: variance before the write: drift, or all of it where a document starts.
-        covariance: P before the first token.
-        mean: M before the first token.
-    """
-
-    key: Float[Array, "time key"]
-    value: Float[Array, "time value"]
-    query: Float[Array, "time key"]
-    noise: Float[Array, " time"]
-    log_decay: Float[Array, "time key"]
-    starts: Bool[Array, " time"]
-    added: Float[Array, "time key"]
-    covariance: Float[Array, "key key"]
-    mean: Float[Array, "value key"]
-
-
-def filter_keywise_head(head: KeywiseHead, values: int, interpret: bool = False) -> Filtered:
-    """Filter one head of 64 keys and values, of which `values` are seen."""
+def filter_keywise_head(head: Head, values: int, interpret: bool = False) -> Filtered:
+    """Filter one head of 64 keys and values, of which `values` are seen, in float32."""
     filtered: Any = _filter_head(head, values, interpret)
     return filtered
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _filter_head(head: KeywiseHead, values: int, interpret: bool) -> Filtered:
+def _filter_head(head: Head, values: int, interpret: bool) -> Filtered:
     return _run(head, values, interpret, save=False)[0]
 
 
-def _run(head: KeywiseHead, values: int, interpret: bool, save: bool):
-    def rows(number, key, value, query, noise, log_decay, starts, added, covariance, mean):
-        prepared = prepare(key, query, log_decay, starts, added)
+def _run(head: Head, values: int, interpret: bool, save: bool):
+    def rows(number: int, head: Head):
+        prepared = prepare(head.key, head.query, head.log_decay, head.starts, head.added)
+        states = head.covariance, head.mean
         return filter_keywise(
-            prepared, value, noise, covariance, mean, save=save, interpret=interpret
+            prepared, head.value, head.noise, *states, save=save, interpret=interpret
         )
 
-    found = over_rows(rows)(*head)
+    found = over_rows(rows)(head)
     surprise = found["whitened"][:, head.key.shape[-1] :]
     log_scale = jnp.log(found["inverse_deviation"]) - 0.5 * jnp.log(2 * jnp.pi)
     evidence = values * log_scale - 0.5 * jnp.sum(surprise**2, axis=-1)
@@ -91,7 +66,7 @@ def _run(head: KeywiseHead, values: int, interpret: bool, save: bool):
     return Filtered(found["mean"], found["variance"], evidence, *last), found
 
 
-def _forward(head: KeywiseHead, values: int, interpret: bool):
+def _forward(head: Head, values: int, interpret: bool):
     out, found = _run(head, values, interpret, save=True)
     kept = {name: found[name] for name in ("whitened", "inverse_deviation", "covariances", "means")}
     return out, (head, kept)
@@ -268,7 +243,7 @@ def _backward(values: int, interpret: bool, residuals, of: Filtered):
     )
     key, value, query, log_decay, added = (part.reshape(-1, *part.shape[2:]) for part in found)
     return (
-        KeywiseHead(
+        Head(
             key,
             value,
             query,
