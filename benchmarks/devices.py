@@ -40,7 +40,7 @@ from layers.rules import Exact
 from layers.sharded import DATA, HEADS, SEQUENCE, element_of, split_axis
 from recall.records import keeper
 
-from .kernels import Shape, streams
+from .kernels import Shape, relative, streams
 
 FAR = (16, 64, 256, 1024)
 """Devices to which the model is carried on."""
@@ -108,18 +108,13 @@ def sequence(config: Config, devices: int, seed: int, expected: Any) -> tuple[di
         told[name] = jax.tree.map(np.asarray, program(stream))
         found[name] = measured(lambda program=program: program(stream), config.calls)
         found[name] |= of_program(program, devices)
-    errors = jax.tree.map(_error, told, told if expected is None else expected)
+    errors = jax.tree.map(relative, told, told if expected is None else expected)
     found["errors"] = {
         "read-out": errors["forward"].mean,
         "variance": errors["forward"].variance,
         "gradient": max(jax.tree.leaves(errors["gradient"])),
     }
     return found, told if expected is None else expected
-
-
-def _error(found: np.ndarray, expected: np.ndarray) -> float:
-    found, expected = found.astype(np.float64), expected.astype(np.float64)
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 def data(config: Config, devices: int, rows: int, seed: int, expected: Any) -> tuple[dict, Any]:
@@ -143,7 +138,7 @@ def data(config: Config, devices: int, rows: int, seed: int, expected: Any) -> t
         found = measured(lambda: program(arrays, x), config.calls)
     found |= {"devices": devices, "rows": rows, **of_program(program, devices)}
     if expected is not None:
-        found["error"] = max(jax.tree.leaves(jax.tree.map(_error, told, expected)))
+        found["error"] = max(jax.tree.leaves(jax.tree.map(relative, told, expected)))
     return found, told
 
 

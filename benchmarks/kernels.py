@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from layers import Restored, Stream, filter_scan
@@ -193,7 +194,7 @@ def accuracy(shape: Shape, label: str, dtype: str, config: Config, seed: int) ->
         expected = jax.jit(lambda stream: both(stream, exact(label, algorithm="token")))(whole)
         names = ("read-out", "variance", "key", "value", "query", "noise", "log_decay", "drift")
         return Accuracy(
-            shape, label, dtype, dict(zip(names, map(_error, found, expected), strict=True))
+            shape, label, dtype, dict(zip(names, map(relative, found, expected), strict=True))
         )
 
 
@@ -211,9 +212,10 @@ def torch_peers(shapes: Sequence[Shape]) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def _error(found: Array, expected: Array) -> float:
-    difference = jnp.linalg.norm(found.astype("float64") - expected)
-    return float(difference / jnp.linalg.norm(expected))
+def relative(found: Any, expected: Any) -> float:
+    """Norm of the difference over the norm."""
+    found, expected = (np.asarray(part).astype(np.float64) for part in (found, expected))
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 def run(config: Config, seed: int, progress: Callable[[dict[str, Any]], None]) -> None:

@@ -22,7 +22,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from safetensors.numpy import load_file
 
 from layers import LanguageModel, parameter_count
@@ -30,6 +29,9 @@ from recall.checkpoints.folder import read_checkpoint
 from recall.checkpoints.model import logits
 from recall.language.forward import Packed, head_of, run_rows
 from recall.records import keeper
+
+from .devices import measured
+from .kernels import relative
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "Gated DeltaNet, 6 heads, as wide as published": {
@@ -76,24 +78,14 @@ def compared(settings: dict[str, Any], folder: Path, config: Config) -> dict[str
     model = read_checkpoint(folder).model
     read_seconds = time.perf_counter() - start
     rows = jnp.asarray(held["input_ids"], jnp.int32)
-    exact = np.asarray(logits(model, rows), np.float64)
-    run = eqx.filter_jit(in_bfloat16)
-    rounded = np.asarray(run(model, rows), np.float64)
-
-    def error(found: np.ndarray) -> float:
-        return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
-
-    times = []
-    for _ in range(config.calls):
-        start = time.perf_counter()
-        jax.block_until_ready(run(model, rows))
-        times.append(1e3 * (time.perf_counter() - start))
+    exact, run = logits(model, rows), eqx.filter_jit(in_bfloat16)
+    rounded = run(model, rows)
     return {
         "parameters": parameter_count(model),
-        "error, flash-linear-attention": error(held["logits"]),
-        "error, bfloat16": error(rounded),
+        "error, flash-linear-attention": relative(held["logits"], exact),
+        "error, bfloat16": relative(rounded, exact),
         "ms, flash-linear-attention": json.loads(said.splitlines()[-1])["ms"],
-        "ms, bfloat16": sorted(times)[config.calls // 2],
+        "ms, bfloat16": measured(lambda: run(model, rows), config.calls)["ms"],
         "seconds to read": read_seconds,
     }
 

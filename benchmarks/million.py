@@ -34,6 +34,8 @@ from layers import BayesianLayer, Belief, Stream, filter_scan, sharded_scan
 from layers.sharded import DATA, HEADS, SEQUENCE
 from recall.records import keeper
 
+from .kernels import relative
+
 TIME, STRETCHES = 2**20, 16
 
 
@@ -133,12 +135,6 @@ def errors(found: list[Any], expected: list[Any]) -> list[dict[str, float]]:
             }
         )
     return lines
-
-
-def relative(found: Any, expected: Any) -> float:
-    """Norm of the difference over the norm."""
-    found, expected = (np.asarray(part, np.float64) for part in (found, expected))
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 def calibration(stream: Stream, config: Config) -> list[dict[str, float]]:
