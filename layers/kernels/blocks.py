@@ -87,6 +87,59 @@ def rates(
     )
 
 
+def drift_since(given: Rates, length: int) -> Numbers:
+    """Variance added since the start of each part of the sequence, from that since its blocks'.
+
+    Args:
+        given: rates.
+        length: tokens of a part, whole blocks.
+    """
+    drift, fade = (_by_block(array, length) for array in (given.drift, _since(given)))
+    before = [jnp.zeros_like(drift[..., 0, 0])]
+    for block in range(length // BLOCK - 1):
+        before.append(drift[..., block, -1] + fade[..., block, -1] * before[-1])
+    return (drift + fade * jnp.stack(before, axis=-1)[..., None]).reshape(given.drift.shape)
+
+
+def of_added(
+    given: Rates, of_drift: Float[Array, "*row part token"]
+) -> Float[Array, "*row part token"]:
+    r"""Cotangents of the variance added before each token, $\sum_{u \ge t} \rho_{ut}^2 \bar c_u$.
+
+    Sums are of a block of 16, and of what later blocks of the part ask of its end: a quarter of
+    the ratios that all pairs of 64 tokens have.
+
+    Args:
+        given: rates.
+        of_drift: c̄, cotangents of what `drift_since` finds.
+    """
+    length = of_drift.shape[-1]
+    ratios = given.ratios.reshape(*of_drift.shape[:-1], length // BLOCK, BLOCK, BLOCK)
+    squared, until = ratios**2, _by_block(given.end, length) ** 2
+    if given.faded is not None:
+        faded = _by_block(given.faded, length)
+        squared = squared * kept_within(faded)
+        until = until * jnp.exp(faded[..., -1:] - faded)
+    asked, fade = of_drift.reshape(until.shape), _by_block(_since(given), length)
+    entering = jnp.sum(asked * fade, axis=-1)
+    later = [jnp.zeros_like(entering[..., 0])]
+    for block in reversed(range(1, length // BLOCK)):
+        later.append(entering[..., block] + fade[..., block, -1] * later[-1])
+    after = jnp.stack(later[::-1], axis=-1)[..., None]
+    found = jnp.sum(asked[..., None] * squared, axis=-2) + until * after
+    return found.reshape(of_drift.shape)
+
+
+def _by_block(array: Numbers, length: int) -> Float[Array, "*row part block token"]:
+    return array.reshape(*array.shape[:-1], -1, length // BLOCK, BLOCK)
+
+
+def _since(given: Rates) -> Numbers:
+    """Decay of the covariance since the block's start."""
+    fade = given.alpha**2
+    return fade if given.faded is None else fade * jnp.exp(given.faded)
+
+
 def sums(
     log_decay: Numbers, starts: Bool[Array, "*row time"], length: int
 ) -> tuple[Float[Array, "*row part token"], Float[Array, "*row part token"]]:

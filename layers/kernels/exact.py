@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from . import devices, reverse, segments, wide
-from .blocks import kept_sums, kept_within, rates, ratios_within, sums, unknown
+from . import blocks, devices, reverse, segments, wide
+from .blocks import drift_since, kept_sums, rates, ratios_within, sums, unknown
 from .forward import CHUNK, WIDTH, filter_blocks, split
 from .head import Filtered, Head, over_rows
 from .restored import of_kept as cotangent_of_kept
@@ -108,19 +108,15 @@ def _backward(values: int, interpret: bool, whole: bool, axis: str | None, resid
     head, kept, last_covariance, last_mean = residuals
     total, document = sums(unknown(head.log_decay), head.starts, CHUNK)
     ratios = ratios_within(total, document)
-    added, squared = head.added.reshape(-1, CHUNK), ratios**2
-    faded = None
-    if head.kept is not None:
-        faded = kept_sums(head.kept, CHUNK)
-        squared = squared * kept_within(faded)
-    drift = jnp.sum(squared * added[:, None], axis=-1)
+    by_block = rates(head.noise, head.log_decay, head.starts, head.added, head.kept)
+    faded = None if head.kept is None else kept_sums(head.kept, CHUNK)
     alpha = jnp.where(document == 0, jnp.exp(total), 0)
     of_lasts = of.last_mean, (of.last_covariance + of.last_covariance.T) / 2
     numbers = reverse.Numbers(
         total.reshape(-1),
         document.reshape(-1),
         alpha.reshape(-1),
-        drift.reshape(-1),
+        drift_since(by_block, CHUNK),
         ratios[:, -1].reshape(-1),
         of.variance,
         of.log_evidence,
@@ -153,10 +149,10 @@ def _backward(values: int, interpret: bool, whole: bool, axis: str | None, resid
 
     of_drift = found["drift"].reshape(-1, CHUNK)
     of_drift = of_drift.at[:, -1].add(at_ends(found["trace"], jnp.trace(of_last_covariance)))
-    of_added = jnp.sum(of_drift[:, :, None] * squared, axis=1)
+    of_added = blocks.of_added(by_block, of_drift)
     at_last = jnp.sum(last_mean * of_last_mean)
     at_last = at_last + 2 * jnp.sum(last_covariance * of_last_covariance)
-    moved = found["moved"].reshape(-1, CHUNK) - 2 * added * of_added
+    moved = found["moved"].reshape(-1, CHUNK) - 2 * head.added.reshape(-1, CHUNK) * of_added
     since = jnp.flip(jnp.cumsum(jnp.flip(moved, -1), axis=-1), -1)
     of_log_decay = (since + at_ends(found["scale"], at_last)[:, None]).reshape(-1)
     of_kept = None
