@@ -159,7 +159,7 @@ def narrow_block(reads=True):
         eliminate = partial(_eliminate, here, 0, slot, tokens, place)
         if reads:
             terms = pairs(split, pieces_of(here.queries, slot, tokens), 3)
-            seen = mosaic.product_beside(thin, terms, eliminate, here.interpret)
+            seen, _ = mosaic.product_beside(thin, terms, eliminate, here.interpret)
             seen = seen * mosaic.load_transposed(here.queries_plain.at[slot, tokens])
             mosaic.store_transposed(here.read.at[tokens, pl.ds(0, WIDTH)], seen)
         else:

@@ -304,7 +304,7 @@ def _body(*refs, sources, names, scratch, chunks, save, interpret):
                     interpret=interpret,
                 )
 
-            seen = mosaic.product_beside(thin, terms, eliminate, interpret)
+            seen, _ = mosaic.product_beside(thin, terms, eliminate, interpret)
             query = [here.queries.at[0, piece, tokens] for piece in range(COVARIANCE_PIECES)]
             seen = seen * sum(map(mosaic.load_transposed, query))
             mosaic.store_transposed(here.read.at[tokens, pl.ds(0, WIDTH)], seen)

@@ -223,22 +223,22 @@ def product(
     return pl.run_scoped(accumulate, _accumulator(shape))
 
 
-def product_beside(
+def product_beside[Done](
     shape: tuple[int, int],
     terms: Sequence[tuple[Operand, Operand]],
-    work: Callable[[], None],
+    work: Callable[[], Done],
     interpret: bool,
-) -> jax.Array:
-    """`product`, the tensor cores at it while the threads do other work."""
+) -> tuple[jax.Array, Done]:
+    """`product`, the tensor cores at it while the threads do other work, and what that returns."""
     if interpret:
-        work()
-        return product(shape, terms, interpret)
+        done = work()
+        return product(shape, terms, interpret), done
 
     def accumulate(accumulator):
         for one, other in terms:
             plgpu.wgmma(accumulator, one, other)
-        work()
-        return accumulator[...]
+        done = work()
+        return accumulator[...], done
 
     return pl.run_scoped(accumulate, _accumulator(shape))
 

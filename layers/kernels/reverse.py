@@ -249,10 +249,17 @@ class Share:
 
     def times(self, *factors):
         """Own share of a sum of products, each of (left, right) whose pieces are whole."""
+        return self.multiply(self._terms(factors))
+
+    def beside(self, work, *factors):
+        """`times`, and what is done meanwhile."""
+        return mosaic.product_beside(self.shape, self._terms(factors), work, self.interpret)
+
+    def _terms(self, factors):
         terms = []
         for left, right in factors:
             terms += mosaic.pairs(left.left(), right.right(self.columns), PIECES)
-        return self.multiply(terms)
+        return terms
 
 
 class Pieces:
@@ -635,9 +642,13 @@ def _recur(*refs, names, chunks, interpret):
         spread = here.times((weights, of_covariances))
         if numbers.faded is not None:
             spread = spread * here.until(numbers)
-        of_value = of_value + here.times((weights, of_means.T))
+
+        def leave_square():
+            here.put(squares.ref, guided - spread)
+
+        explained, _ = here.beside(leave_square, (weights, of_means.T))
+        of_value = of_value + explained
         leave("value", of_value)
-        here.put(squares.ref, guided - spread)
         here.put(of_values.ref, -fade * of_value)
         of_tied = here.along(numbers.end) * (guided - 2 * spread)
         mosaic.meet(met, interpret)
@@ -646,21 +657,31 @@ def _recur(*refs, names, chunks, interpret):
         else:
             between = here.lasting(numbers) * here.times((squares, weights.T))
             between = between + here.times((weights, squares.T))
-        joint = of_joint - here.halved(between) * here.ratios(numbers)
-        leave_sum("noise", here.diagonal(joint))
-        here.put(joints.ref, joint)
         mosaic.barrier_wait(arrived)
-        plain_key, plain_query = here.plain(keys.ref), here.plain(queries.ref)
-        carried = here.times((keys, covariance))
+
+        def leave_joint():
+            joint = of_joint - here.halved(between) * here.ratios(numbers)
+            leave_sum("noise", here.diagonal(joint))
+            here.put(joints.ref, joint)
+            return here.plain(keys.ref), here.plain(queries.ref)
+
+        carried, (plain_key, plain_query) = here.beside(leave_joint, (keys, covariance))
         tied = since * carried + added * plain_key
         mosaic.meet(met, interpret)
-        here.put(weights.ref, tied)
-        of_tied = of_tied + here.times((joints.T, keys), (reads.T, queries))
+
+        def leave_tied():
+            here.put(weights.ref, tied)
+
+        asked, _ = here.beside(leave_tied, (joints.T, keys), (reads.T, queries))
+        of_tied = of_tied + asked
         of_read_variance = here.along(numbers.of_variance)
-        leave_sum("drift", plain_key * of_tied + of_read_variance * plain_query * plain_query)
-        here.put(spreads.ref, since * of_tied)
-        here.put(squares.ref, since * of_read_variance * plain_query)
-        seen = here.times((queries, covariance))
+
+        def leave_asked():
+            leave_sum("drift", plain_key * of_tied + of_read_variance * plain_query * plain_query)
+            here.put(spreads.ref, since * of_tied)
+            here.put(squares.ref, since * of_read_variance * plain_query)
+
+        seen, _ = here.beside(leave_asked, (queries, covariance))
         if numbers.faded is not None:
             leave("tied", of_tied)
             leave_sum("entered", carried * of_tied + of_read_variance * seen * plain_query)
@@ -669,17 +690,27 @@ def _recur(*refs, names, chunks, interpret):
         of_mean_start = kept * of_mean_end + here.times((of_values.T, keys), (given.T, queries))
         crossed = here.times((keys.T, spreads), (spreads.T, keys))
         squared = here.times((queries.T, squares))
-        of_covariance_start = through * of_covariance_end + 0.5 * crossed + squared
-        of_key = added * of_tied + here.times(
-            (joints, weights), (spreads, covariance), (of_values, mean)
+
+        def find_start():
+            of_covariance_start = through * of_covariance_end + 0.5 * crossed + squared
+            scale = here.plain(mean.ref) * of_mean_start
+            leave_sum("scale", scale + 2 * here.plain(covariance.ref) * of_covariance_start)
+            leave_sum("trace", here.diagonal(of_covariance_start))
+            return of_covariance_start
+
+        of_key, of_covariance_start = here.beside(
+            find_start, (joints, weights), (spreads, covariance), (of_values, mean)
         )
-        of_query = 2 * of_read_variance * unread + here.times((reads, weights), (given, mean))
-        leave("key", of_key)
+
+        def leave_key():
+            whole = added * of_tied + of_key
+            leave("key", whole)
+            return plain_key * whole
+
+        of_query, moved = here.beside(leave_key, (reads, weights), (given, mean))
+        of_query = 2 * of_read_variance * unread + of_query
         leave("query", of_query)
-        leave_sum("moved", plain_key * of_key + plain_query * of_query)
-        scale = here.plain(mean.ref) * of_mean_start
-        leave_sum("scale", scale + 2 * here.plain(covariance.ref) * of_covariance_start)
-        leave_sum("trace", here.diagonal(of_covariance_start))
+        leave_sum("moved", moved + plain_query * of_query)
         mosaic.meet(met, interpret)
         return of_mean_start, of_covariance_start
 
