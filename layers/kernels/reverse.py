@@ -517,22 +517,29 @@ def recur(
     if restores(numbers):
         out |= asked_of_kept(rows, time, WIDTH)
     form = mosaic.operands_of(WIDTH // SHARES)
-    operand = mosaic.SMEM((1, PIECES, *SQUARE), jnp.bfloat16, transforms=form)
-    given = mosaic.SMEM((1, depth, *SQUARE), jnp.bfloat16, transforms=form)
+
+    def operand(depth, turns=1):
+        return mosaic.SMEM((turns, depth, *SQUARE), jnp.bfloat16, transforms=form)
+
+    own = "reads", "mean", "covariance", "of_values", "joints", "given", "squares"
+    scratch = {
+        **dict.fromkeys(("keys", "queries"), operand(depth)),
+        **dict.fromkeys(own, operand(PIECES)),
+        **dict.fromkeys(("weights", "spreads"), operand(PIECES, turns=2)),
+        "vectors": mosaic.SMEM((2, *numbers.shape[2:]), f32),
+        "numbered": mosaic.barrier(num_arrivals=1, num_barriers=2),
+        "handed": mosaic.barrier(num_arrivals=2 * PIECES),
+        "keys_there": mosaic.barrier(num_arrivals=depth + PIECES),
+        "queries_there": mosaic.barrier(num_arrivals=depth + PIECES),
+        "mean_there": mosaic.barrier(num_arrivals=PIECES),
+        "met": mosaic.barrier(num_arrivals=SHARES),
+    }
+    body = partial(_recur, names=tuple(out), places=tuple(scratch), chunks=chunks)
     run = mosaic.kernel(
-        partial(_recur, names=tuple(out), chunks=chunks, interpret=interpret),
+        partial(body, interpret=interpret),
         [jax.ShapeDtypeStruct(*kind) for kind in out.values()],
         {"row": rows},
-        [
-            given,
-            given,
-            *[operand] * 11,
-            mosaic.SMEM((2, *numbers.shape[2:]), f32),
-            mosaic.barrier(num_arrivals=2 * depth),
-            mosaic.barrier(num_arrivals=5 * PIECES),
-            mosaic.barrier(num_arrivals=1, num_barriers=2),
-            mosaic.barrier(num_arrivals=SHARES),
-        ],
+        list(scratch.values()),
         SHARES,
         interpret,
     )
@@ -569,27 +576,53 @@ def joined(found: dict[str, Array]) -> dict[str, Array]:
     return found | {name: found[name].sum(axis=1) for name in shared}
 
 
-def _recur(*refs, names, chunks, interpret):
-    key, query, of_mean, numbers_in = refs[:4]
-    pieced, (of_value_in, of_joint_in) = refs[4:7] + refs[9:11], refs[7:9]
+def bring(when, barrier, *copies):
+    """Start copies of matrices' pieces to shared memory, (from, to).
+
+    A few at a time: the copy engine takes some four, and who starts more stands still meanwhile.
+    """
+
+    @pl.when(when)
+    def _():
+        for source, place in copies:
+            for piece in range(place.shape[0]):
+                mosaic.copy_in(source.at[piece], place.at[piece], barrier)
+
+
+def _recur(*refs, names, places, chunks, interpret):
+    key, query, of_mean, numbers_in, weights_in, spreads_in, reads_in = refs[:7]
+    of_value_in, of_joint_in, means_in, covariances_in = refs[7:11]
     of_last_mean, of_last_covariance = refs[11:13]
     out = dict(zip(names, refs[13 : 13 + len(names)], strict=True))
-    *buffers, vectors, arrived, handed, numbered, met = refs[13 + len(names) :]
+    place = dict(zip(places, refs[13 + len(names) :], strict=True))
+    vectors = place["vectors"]
     row, share = lax.axis_index("row"), lax.axis_index("wg")
     here = Share(share, WIDTH // SHARES, interpret)
 
-    def fetch_numbers(c, slot):
-        mosaic.copy_in(numbers_in.at[row, c], vectors.at[slot], numbered.at[slot])
+    def hand(when, c, slot):
+        """Start copies of what a chunk wants at once."""
+        bring(
+            when,
+            place["handed"],
+            (weights_in.at[row, c], place["weights"].at[slot]),
+            (spreads_in.at[row, c], place["spreads"].at[slot]),
+        )
 
-    @pl.when(share == 0)
-    def _():
-        fetch_numbers(chunks - 1, 0)
+    def number(when, c, slot):
+        @pl.when(when)
+        def _():
+            mosaic.copy_in(numbers_in.at[row, c], vectors.at[slot], place["numbered"].at[slot])
+
+    number(share == 0, chunks - 1, 0)
+    hand(share == 0, chunks - 1, 0)
 
     def chunk(step, carry):
         of_mean_end, of_covariance_end = carry
         c = chunks - 1 - step
+        before = jnp.maximum(c - 1, 0)
         tokens, slot = pl.ds(c * CHUNK, CHUNK), lax.rem(step, 2)
         numbers = numbers_of(vectors.at[slot])
+        copies, copies_next = share == 0, jnp.logical_and(share == 0, c > 0)
 
         def leave(name, matrix):
             ref = out[name]
@@ -599,45 +632,45 @@ def _recur(*refs, names, chunks, interpret):
             at = c if len(out[name].shape) == 4 else tokens
             out[name].at[row, share, at][...] = jnp.sum(matrix, axis=1)
 
-        @pl.when(share == 0)
-        def _():
-            for source, target in ((key, buffers[0].at[0]), (query, buffers[1].at[0])):
-                for piece in range(target.shape[0]):
-                    mosaic.copy_in(source.at[row, piece, tokens], target.at[piece], arrived)
-            for source, target in zip(pieced, buffers[2:7], strict=True):
-                for piece in range(PIECES):
-                    mosaic.copy_in(source.at[row, c, piece], target.at[0, piece], handed)
-            before = jnp.maximum(c - 1, 0)
-
-            @pl.when(c > 0)
+        def prefetch(ref):
+            @pl.when(copies)
             def _():
-                fetch_numbers(before, 1 - slot)
+                mosaic.prefetch(ref, interpret)
 
-            for ref in (*pieced, of_value_in, of_joint_in):
-                mosaic.prefetch(ref.at[row, before], interpret)
-            mosaic.prefetch(of_mean.at[row, pl.ds(before * CHUNK, CHUNK)], interpret)
-
-        mosaic.barrier_wait(numbered.at[slot])
+        mosaic.barrier_wait(place["numbered"].at[slot])
+        only = opaque_zero(vectors, slot)
+        keys, queries, reads, mean, covariance, of_values, joints, given, squares = (
+            Pieces(place[name].at[only]) for name in places[:9]
+        )
+        # B and Θ of the next chunk are copied to where M̄ and P̄ of this one have been read.
+        (weights, of_means), (spreads, of_covariances) = (
+            [Pieces(place[name].at[turn]) for turn in (slot, 1 - slot)]
+            for name in ("weights", "spreads")
+        )
+        bring(
+            copies,
+            place["keys_there"],
+            (covariances_in.at[row, c], covariance.ref),
+            (key.at[row, :, tokens], keys.ref),
+        )
         fade, added = here.along(numbers.alpha), here.along(numbers.drift)
         since, kept = here.since(numbers), numbers.alpha[CHUNK - 1]
         through = kept * kept
         if numbers.faded is not None:
             out["ends"].at[row, c, :, here.columns][...] = of_covariance_end
             through = through * jnp.exp(numbers.faded[CHUNK - 1])
-        only = opaque_zero(vectors, slot)
-        places = [Pieces(ref.at[only]) for ref in buffers]
-        keys, queries, weights, spreads, reads, mean, covariance, *places = places
-        of_means, of_covariances, of_values, joints, given, squares = places
+        here.put(of_means.ref, of_mean_end)
+        here.put(of_covariances.ref, of_covariance_end)
+        mosaic.barrier_wait(place["handed"])
+        mosaic.meet(place["met"], interpret)
+        of_value = here.load(of_value_in.at[row, c])
         cotangent = here.load(of_mean.at[row, tokens])
-        of_value, of_joint = here.load(of_value_in.at[row, c]), here.load(of_joint_in.at[row, c])
-        for place, matrix in (
-            (of_means, of_mean_end),
-            (of_covariances, of_covariance_end),
-            (given, fade * cotangent),
-        ):
-            here.put(place.ref, matrix)
-        mosaic.barrier_wait(handed)
-        mosaic.meet(met, interpret)
+        bring(
+            copies,
+            place["queries_there"],
+            (query.at[row, :, tokens], queries.ref),
+            (reads_in.at[row, c], reads.ref),
+        )
         guided = here.times((spreads, of_means))
         spread = here.times((weights, of_covariances))
         if numbers.faded is not None:
@@ -645,34 +678,41 @@ def _recur(*refs, names, chunks, interpret):
 
         def leave_square():
             here.put(squares.ref, guided - spread)
+            here.put(given.ref, fade * cotangent)
 
         explained, _ = here.beside(leave_square, (weights, of_means.T))
         of_value = of_value + explained
         leave("value", of_value)
         here.put(of_values.ref, -fade * of_value)
         of_tied = here.along(numbers.end) * (guided - 2 * spread)
-        mosaic.meet(met, interpret)
+        mosaic.meet(place["met"], interpret)
+        of_joint = here.load(of_joint_in.at[row, c])
+        bring(copies, place["mean_there"], (means_in.at[row, c], mean.ref))
+        number(copies_next, before, 1 - slot)
         if numbers.faded is None:
             between = here.times((squares, weights.T), (weights, squares.T))
         else:
             between = here.lasting(numbers) * here.times((squares, weights.T))
             between = between + here.times((weights, squares.T))
-        mosaic.barrier_wait(arrived)
+        mosaic.barrier_wait(place["keys_there"])
 
         def leave_joint():
             joint = of_joint - here.halved(between) * here.ratios(numbers)
             leave_sum("noise", here.diagonal(joint))
             here.put(joints.ref, joint)
-            return here.plain(keys.ref), here.plain(queries.ref)
+            return here.plain(keys.ref)
 
-        carried, (plain_key, plain_query) = here.beside(leave_joint, (keys, covariance))
+        carried, plain_key = here.beside(leave_joint, (keys, covariance))
         tied = since * carried + added * plain_key
-        mosaic.meet(met, interpret)
+        mosaic.meet(place["met"], interpret)
+        hand(copies_next, before, 1 - slot)
+        mosaic.barrier_wait(place["queries_there"])
 
         def leave_tied():
             here.put(weights.ref, tied)
+            return here.plain(queries.ref)
 
-        asked, _ = here.beside(leave_tied, (joints.T, keys), (reads.T, queries))
+        asked, plain_query = here.beside(leave_tied, (joints.T, keys), (reads.T, queries))
         of_tied = of_tied + asked
         of_read_variance = here.along(numbers.of_variance)
 
@@ -686,10 +726,14 @@ def _recur(*refs, names, chunks, interpret):
             leave("tied", of_tied)
             leave_sum("entered", carried * of_tied + of_read_variance * seen * plain_query)
         unread = since * seen + added * plain_query
-        mosaic.meet(met, interpret)
+        mosaic.meet(place["met"], interpret)
+        prefetch(of_value_in.at[row, before])
         of_mean_start = kept * of_mean_end + here.times((of_values.T, keys), (given.T, queries))
+        prefetch(of_mean.at[row, pl.ds(before * CHUNK, CHUNK)])
         crossed = here.times((keys.T, spreads), (spreads.T, keys))
+        prefetch(of_joint_in.at[row, before])
         squared = here.times((queries.T, squares))
+        mosaic.barrier_wait(place["mean_there"])
 
         def find_start():
             of_covariance_start = through * of_covariance_end + 0.5 * crossed + squared
@@ -711,7 +755,7 @@ def _recur(*refs, names, chunks, interpret):
         of_query = 2 * of_read_variance * unread + of_query
         leave("query", of_query)
         leave_sum("moved", moved + plain_query * of_query)
-        mosaic.meet(met, interpret)
+        mosaic.meet(place["met"], interpret)
         return of_mean_start, of_covariance_start
 
     start = here.load(of_last_mean.at[row]), here.load(of_last_covariance.at[row])
