@@ -48,6 +48,9 @@ def operands_of(columns: int) -> tuple[Any, ...]:
 THIN = operands_of(BLOCK)
 """For operands that are 16 columns wide or are read so."""
 
+ENTRIES = plgpu.TilingTransform((8, 8)), plgpu.SwizzleTransform(32)
+"""For float32 matrices copied in and read as accumulators are: eight by eight lie together."""
+
 SMEM, barrier, barrier_arrive, barrier_wait = (
     plgpu.SMEM,
     plgpu.Barrier,
@@ -243,20 +246,23 @@ def product_beside[Done](
     return pl.run_scoped(accumulate, _accumulator(shape))
 
 
-def invert_blocks(factor, scale, interpret: bool):
-    """Invert, in place, the diagonal blocks of 16 of a lower-triangular matrix of 64 rows.
+def invert_blocks(factor, scale, first, interpret: bool):
+    """Invert, in place, a warpgroup's two diagonal blocks of 16 of a lower-triangular matrix.
 
     Args:
         factor: (64, 64) in shared memory; entries off those blocks are left.
         scale: (64,), one over the diagonal.
+        first: the warpgroup's first column, of 32.
         interpret: whether the kernel is interpreted.
     """
-    form: Any = _invert_blocks_plainly if interpret else _invert_blocks_by_threads
-    form(factor, scale)
+    if interpret:
+        _invert_blocks_plainly(factor, scale, first)
+    else:
+        _invert_blocks_by_threads(factor, scale)
 
 
-def _invert_blocks_plainly(factor, scale):
-    for start in range(0, 64, BLOCK):
+def _invert_blocks_plainly(factor, scale, first):
+    for start in (first, first + BLOCK):
         solved = []
         for row in range(BLOCK):
             rest = (lax.iota(jnp.int32, BLOCK) == row).astype(jnp.float32)
@@ -269,7 +275,7 @@ def _invert_blocks_plainly(factor, scale):
 
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 2)
 def _invert_blocks_by_threads(ctx, factor, scale):
-    # Threads 0 to 63 own a column each, so that a warp owns two blocks.
+    # Every warp does the same, each of its threads a column.
     del ctx
     f32 = ir.F32Type.get()
     position = ir.IndexType.get()
@@ -281,23 +287,25 @@ def _invert_blocks_by_threads(ctx, factor, scale):
     def plus(one, other):
         return arith.addi(one, other)
 
-    thread = arith.remui(gpu.thread_id(gpu.Dimension.x), at(64))
-    column = arith.remui(thread, at(BLOCK))
-    start = arith.subi(thread, column)
+    thread = gpu.thread_id(gpu.Dimension.x)
+    warpgroup = arith.divui(thread, at(WARPGROUP))
+    own = plus(arith.muli(warpgroup, at(2 * BLOCK)), arith.remui(thread, at(2 * BLOCK)))
+    column = arith.remui(own, at(BLOCK))
+    start = arith.subi(own, column)
     zero, one = arith.constant(f32, 0.0), arith.constant(f32, 1.0)
     mosaic_utils.warpgroup_barrier()
     solved = []
     for row in range(BLOCK):
         here = plus(start, at(row))
-        own = arith.cmpi(arith.CmpIPredicate.eq, column, at(row))
-        total = arith.select(own, one, zero)
+        unit = arith.cmpi(arith.CmpIPredicate.eq, column, at(row))
+        total = arith.select(unit, one, zero)
         for index, entry in enumerate(solved):
             known = memref.load(factor, [here, plus(start, at(index))])
             total = mlir_math.fma(arith.negf(known), entry, total)
         solved.append(arith.mulf(total, memref.load(scale, [here]), fastmath=contract))
     mosaic_utils.warpgroup_barrier()
     for row, entry in enumerate(solved):
-        memref.store(entry, factor, [plus(start, at(row)), thread])
+        memref.store(entry, factor, [plus(start, at(row)), own])
     mosaic_utils.warpgroup_barrier()
 
 

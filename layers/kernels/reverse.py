@@ -146,7 +146,6 @@ def local(
     rows, depth, time, width = key.shape
     chunks = time // CHUNK
     wide = width > WIDTH
-    slots = 1 if wide and depth > 1 else 2
     broad = CHUNK, width
 
     def pieced(shape):
@@ -158,7 +157,11 @@ def local(
     form = mosaic.operands_of(WIDTH // SHARES)
     operand = mosaic.SMEM((1, PIECES, *SQUARE), jnp.bfloat16, transforms=form)
     moved = mosaic.SMEM((1, PIECES, *broad), jnp.bfloat16, transforms=form)
-    given = mosaic.SMEM((slots, depth, *broad), jnp.bfloat16, transforms=form)
+    given = mosaic.SMEM((1, depth, *broad), jnp.bfloat16, transforms=form)
+    told = [
+        mosaic.SMEM((CHUNK, columns), jnp.float32, transforms=mosaic.ENTRIES)
+        for columns in ([] if wide else [width + WIDTH, WIDTH])
+    ]
     run = mosaic.kernel(
         partial(_local, chunks=chunks, parts=parts, values=values, interpret=interpret),
         out,
@@ -167,11 +170,12 @@ def local(
             given,
             given,
             mosaic.SMEM((2, *numbers.shape[2:]), jnp.float32),
-            moved,
-            *[operand] * ((5 if wide else 4) + restores(numbers)),
             mosaic.SMEM((CHUNK, WIDTH + 4), jnp.float32),
-            mosaic.barrier(num_arrivals=1 + 2 * depth, num_barriers=2),
+            mosaic.barrier(num_arrivals=1 + 2 * depth + len(told)),
             mosaic.barrier(num_arrivals=SHARES),
+            moved,
+            *[operand] * (5 + restores(numbers)),
+            *told,
         ],
         SHARES,
         interpret,
@@ -302,138 +306,193 @@ def _local(
 ):
     row, part = lax.axis_index("row"), lax.axis_index("part")
     here = Share(lax.axis_index("wg"), WIDTH // SHARES, interpret)
-    keys_in, queries_in, vectors, *operands, blocks, arrived, met = scratch
-    width, early = keys_in.shape[-1], keys_in.shape[0] == 2
+    keys_in, queries_in, vectors, blocks, arrived, met, moved, *operands = scratch
+    width = keys_in.shape[-1]
     wide = width > WIDTH
+    # Rows of the next chunk are copied to shared memory where it has room for them.
+    told = [] if wide else [operands.pop(-2), operands.pop()]
     # A share of what has a column a key.
     broad = Share(lax.axis_index("wg"), width // SHARES, interpret) if wide else here
+
+    def meet():
+        mosaic.meet(met, interpret)
+
+    def by_first(work):
+        pl.when(here.first == 0)(work)
 
     def at(step):
         # The last program may find its last chunk twice.
         return jnp.minimum(part + step * parts, chunks - 1)
 
+    def tokens_of(chunk):
+        return row, pl.ds(chunk * CHUNK, CHUNK)
+
     def fetch(chunk, slot):
-        tokens = pl.ds(chunk * CHUNK, CHUNK)
-        mosaic.copy_in(numbers_in.at[row, chunk], vectors.at[slot], arrived.at[slot])
+        mosaic.copy_in(numbers_in.at[row, chunk], vectors.at[slot], arrived)
         for source, target in ((key, keys_in), (query, queries_in)):
             for piece in range(target.shape[1]):
-                to = target.at[slot if early else 0, piece]
-                mosaic.copy_in(source.at[row, piece, tokens], to, arrived.at[slot])
+                tokens = source.at[row, piece, pl.ds(chunk * CHUNK, CHUNK)]
+                mosaic.copy_in(tokens, target.at[0, piece], arrived)
 
-    @pl.when(here.first == 0)
+    def tell(chunk, which):
+        source = (whitened, of_mean)[which].at[tokens_of(chunk)]
+        if told:
+            mosaic.copy_in(source, told[which], arrived)
+        else:
+            mosaic.prefetch(source, interpret)
+
+    @by_first
     def _():
         fetch(at(0), 0)
+        tell(at(0), 0)
+        tell(at(0), 1)
 
     def through_chunk(step, carry):
         chunk, slot = at(step), lax.rem(step, 2)
-        tokens = pl.ds(chunk * CHUNK, CHUNK)
 
         def leave(ref, matrix):
             ref.at[row, chunk, :, here.columns][...] = matrix
 
-        def covariances():
-            return broad.load(whitened.at[row, tokens])
+        def before_next(work):
+            pl.when(jnp.logical_and(here.first == 0, step + 1 < steps))(work)
 
-        def surprises():
-            own = pl.ds(width + here.first, WIDTH // SHARES)
-            return mosaic.load(whitened.at[row, tokens, own])
+        rows, asked = told or (ref.at[tokens_of(chunk)] for ref in (whitened, of_mean))
+        surprises = pl.ds(width + here.first, WIDTH // SHARES)
 
-        def fetch_next():
-            @pl.when(jnp.logical_and(here.first == 0, step + 1 < steps))
-            def _():
-                fetch(at(step + 1), 1 - slot)
-                after = pl.ds(at(step + 1) * CHUNK, CHUNK)
-                for ref in (whitened, of_mean):
-                    mosaic.prefetch(ref.at[row, after], interpret)
-
-        surprise, uncovered = surprises(), covariances()
-        cotangent = here.load(of_mean.at[row, tokens])
-
-        @pl.when(here.first == 0)
-        def _():
+        def wait_for_outputs():
             # What the chunk before left is being read until then.
-            mosaic.wait_out(0, wait_read_only=True)
+            by_first(lambda: mosaic.wait_out(0, wait_read_only=True))
 
-        mosaic.meet(met, interpret)
-        if early:
-            fetch_next()
-        mosaic.barrier_wait(arrived.at[slot])
+        mosaic.barrier_wait(arrived)
         numbers = numbers_of(vectors.at[slot])
         only = opaque_zero(vectors, slot)
-        place = slot if early else only
-        places = [keys_in.at[place], queries_in.at[place], *(ref.at[only] for ref in operands)]
-        keys, queries, moved, spare, given, reads, inverses, *others = map(Pieces, places)
+        place = [ref.at[only] for ref in (keys_in, queries_in, moved, *operands)]
+        keys, queries, moved_by, *places = map(Pieces, place)
+        A, B, C, D, F, *others = places
+        E = Pieces(place[2].at[:, :, :WIDTH]) if wide else moved_by
         # L⁻¹ with λ besides, where covariances are restored.
-        lasting = inverses if numbers.faded is None else others.pop()
-        # Where values are fewer than keys, what has a column a key has its own place.
-        lowered, faded, weights = (*others, moved, moved) if wide else (moved, reads, given)
-        broad.put(moved.ref, uncovered)
-        here.put(spare.ref, surprise)
-        here.put(given.ref, cotangent)
-        mosaic.meet(met, interpret)
-        ratios = here.ratios(numbers)
-        factor = here.times((keys, moved.T)) * ratios
-        read = here.times((queries, moved.T)) * ratios
-        here.put(reads.ref, read)
-        mosaic.meet(met, interpret)
-        if not early:
-            fetch_next()
-        of_surprise = here.times((reads.T, given)) - here.along(numbers.of_evidence) * surprise
-        if numbers.faded is not None:
-            read = read * here.lasting(numbers)
-        of_read = here.times((given, spare.T)) - 2 * here.along(numbers.of_variance) * read
-        mosaic.meet(met, interpret)
-        here.put(given.ref, of_surprise)
-        here.put(lowered.ref, here.lower(of_read))
-        mosaic.meet(met, interpret)
+        lasting = others.pop() if others else B
+        weights = moved_by if wide else C
+        if wide:
+            wait_for_outputs()
+            meet()
+        broad.put(moved_by.ref, broad.load(rows))
+        here.put(B.ref, mosaic.load(rows.at[:, surprises]))
+        here.put(F.ref, here.load(asked))
+        if not wide:
+            wait_for_outputs()
+        meet()
+        factor, ratios = here.beside(lambda: here.ratios(numbers), (keys, moved_by.T))
+        factor = factor * ratios
+
+        def invert_blocks():
+            blocks.at[:, here.columns][...] = factor
+            mosaic.invert_blocks(blocks, numbers.inverse_deviation, here.first, interpret)
+
+        read, _ = here.beside(invert_blocks, (queries, moved_by.T))
+        read = read * ratios
+        here.put(D.ref, read)
+        meet()
+
+        @before_next
+        def _():
+            fetch(at(step + 1), 1 - slot)
+            tell(at(step + 1), 1)
+
+        apart = jnp.bitwise_xor(here.i, here.j)
+
+        def inverses():
+            # Of blocks of 16.
+            found = mosaic.load(blocks.at[:, here.columns])
+            return jnp.where(apart < BLOCK, found, jnp.zeros_like(found))
+
+        def put_inverses():
+            here.put(E.ref, inverses())
+            surprise = mosaic.load(rows.at[:, surprises])
+            return here.along(numbers.of_evidence) * surprise
+
+        of_surprise, less = here.beside(put_inverses, (D.T, F))
+
+        def put_of_surprise():
+            here.put(C.ref, of_surprise - less)
+            lasting_read = read if numbers.faded is None else read * here.lasting(numbers)
+            return 2 * here.along(numbers.of_variance) * lasting_read
+
+        of_read, less = here.beside(put_of_surprise, (F, B.T))
+        here.put(A.ref, here.lower(of_read - less))
+        meet()
+
+        def put_factor():
+            # Its blocks of 16 are not read.
+            here.put(F.ref, mosaic.load(blocks.at[:, here.columns]))
+
         if numbers.faded is None:
-            inner = here.halved(here.times((given, spare.T), (lowered.T, reads)))
+            inner, _ = here.beside(put_factor, (C, B.T), (A.T, D))
+            inner = here.halved(inner)
         else:
-            inner = here.halved(here.times((given, spare.T)))
-            inner = inner + here.halved_above(here.times((reads.T, lowered)))
-        evidence = here.diagonal(here.along(numbers.of_evidence))
-        inner = inner + evidence * (values / 2)
-        mosaic.meet(met, interpret)
-        inverse = _invert(
-            factor, numbers.inverse_deviation, here, blocks, reads, inverses, spare, met
-        )
-        here.put(inverses.ref, inverse)
+            inner, _ = here.beside(put_factor, (C, B.T))
+            inner = here.halved(inner) + here.halved_above(here.times((D.T, A)))
+        inner = inner + here.diagonal(here.along(numbers.of_evidence)) * (values / 2)
+        meet()
+        inverse = inverses()
+        for size, joined, crossed, after in ((BLOCK, E, B, D), (2 * BLOCK, D, E, B)):
+            joining = jnp.logical_and(apart >= size, apart < 2 * size)
+            joining = jnp.logical_and(joining, here.i > here.j)
+            product = here.times((F, joined))
+            here.put(crossed.ref, jnp.where(joining, product, jnp.zeros_like(product)))
+            meet()
+            inverse = inverse - here.times((joined, crossed))
+            here.put(after.ref, inverse)
+            if size == BLOCK:
+                meet()
         if numbers.faded is not None:
             here.put(lasting.ref, inverse * here.lasting(numbers))
-        here.put(reads.ref, inner)
-        mosaic.meet(met, interpret)
-        uncovered, surprise = covariances(), surprises()
-        if numbers.faded is None:
-            here.put(spare.ref, here.times((inverses.T, reads), (inverses.T, reads.T)))
-        else:
-            here.put(spare.ref, here.times((inverses.T, reads)))
-        mosaic.meet(met, interpret)
-        broad.put(faded.ref, broad.along(numbers.end) * uncovered)
-        # Ḡ is minus half the product, and its lower triangle off the diagonal counts twice.
-        ratios = here.ratios(numbers)
-        of_joint = here.times((spare, lasting))
-        if numbers.faded is not None:
-            crossed = here.times((lasting.T, spare.T))
-            of_joint = of_joint + here.lasting(numbers) * crossed
-        leave(of_joint_out, -here.halved(of_joint) * ratios)
-        of_read = here.times((lowered, lasting)) * ratios
-        leave(of_value_out, here.times((inverses.T, given)))
-        mosaic.meet(met, interpret)
-        here.put(spare.ref, surprise)
-        here.put(lowered.ref, of_read)
-        weight = broad.times((inverses.T, faded))
-        if not wide:
-            broad.put(weights.ref, weight)
-        mosaic.meet(met, interpret)
-        if wide:
-            broad.put(weights.ref, weight)
-        here.put(reads.ref, here.times((lasting.T, spare)))
-        mosaic.meet(met, interpret)
+        here.put(F.ref, inner)
+        meet()
 
-        @pl.when(here.first == 0)
+        def put_faded():
+            broad.put(moved_by.ref, broad.along(numbers.end) * broad.load(rows))
+            return mosaic.load(rows.at[:, surprises])
+
+        both = ((B.T, F), (B.T, F.T)) if numbers.faded is None else ((B.T, F),)
+        inner, surprise = here.beside(put_faded, *both)
+        here.put(D.ref, inner)
+        meet()
+
+        @before_next
         def _():
-            outputs = (weights, weights_out), (reads, explained_out), (lowered, of_read_out)
-            for place, ref in outputs:
+            tell(at(step + 1), 0)
+
+        def put_surprise():
+            here.put(F.ref, surprise)
+            return here.ratios(numbers)
+
+        # Ḡ is minus half the product, and its lower triangle off the diagonal counts twice.
+        of_joint, ratios = here.beside(put_surprise, (D, lasting))
+        if numbers.faded is not None:
+            crossed = here.times((lasting.T, D.T))
+            of_joint = of_joint + here.lasting(numbers) * crossed
+
+        def leave_joint():
+            leave(of_joint_out, -here.halved(of_joint) * ratios)
+
+        of_read, _ = here.beside(leave_joint, (A, lasting))
+        of_read = of_read * ratios
+        leave(of_value_out, here.times((B.T, C)))
+        weight = broad.times((B.T, moved_by))
+        meet()
+
+        def put_outputs():
+            here.put(A.ref, of_read)
+            broad.put(weights.ref, weight)
+
+        explained, _ = here.beside(put_outputs, (lasting.T, F))
+        here.put(D.ref, explained)
+        meet()
+
+        @by_first
+        def _():
+            for place, ref in ((weights, weights_out), (D, explained_out), (A, of_read_out)):
                 for piece in range(PIECES):
                     mosaic.copy_out(place.ref.at[piece], ref.at[row, chunk, piece])
 
@@ -451,35 +510,6 @@ def opaque_zero(vectors, slot):
     before the loop over chunks, and keeps hundreds of them in local memory.
     """
     return jnp.where(vectors[slot, Numbers._fields.index("alpha"), CHUNK - 1] < 0, 1, 0)
-
-
-def _invert(factor, scale, here, blocks, factors, inverses, spare, met):
-    """L⁻¹, given 1/L_tt: its blocks of 16 are inverted, then joined in turn."""
-    blocks.at[:, here.columns][...] = factor
-    here.put(factors.ref, factor)
-    mosaic.meet(met, here.interpret)
-
-    @pl.when(here.first == 0)
-    def _():
-        mosaic.invert_blocks(blocks, scale, here.interpret)
-
-    mosaic.meet(met, here.interpret)
-    apart = jnp.bitwise_xor(here.i, here.j)
-    inverse = mosaic.load(blocks.at[:, here.columns])
-    inverse = jnp.where(apart < BLOCK, inverse, jnp.zeros_like(inverse))
-    size = BLOCK
-    while size < CHUNK:
-        here.put(inverses.ref, inverse)
-        mosaic.meet(met, here.interpret)
-        joining = jnp.logical_and(apart >= size, apart < 2 * size)
-        joining = jnp.logical_and(joining, here.i > here.j)
-        crossed = here.times((factors, inverses))
-        here.put(spare.ref, jnp.where(joining, crossed, jnp.zeros_like(crossed)))
-        mosaic.meet(met, here.interpret)
-        inverse = inverse - here.times((inverses, spare))
-        mosaic.meet(met, here.interpret)
-        size *= 2
-    return inverse
 
 
 def recur(
