@@ -149,13 +149,14 @@ def assert_within(found: tuple[dict, dict], reference: tuple[dict, dict], dtype:
 # -- without a GPU ------------------------------------------------------------------------------
 
 
-def test_simulated_values_and_gradients_are_the_definition(monkeypatch, capfd):
-    """Two chunks, the last padded; documents start inside a block and at a chunk's edge."""
-    monkeypatch.setattr(reverse, "PROCESSORS", 1)  # so that one program goes through both
-    case = Case(75, 64, 64, decay="scalar", drift="scalar", starts=(20, 64))
-    arguments, starts = draw(case, "float32")
+@pytest.mark.parametrize(("dtype", "time"), [("float32", 75), ("bfloat16", 200)])
+def test_simulated_values_and_gradients_are_the_definition(dtype, time, monkeypatch, capfd):
+    """The last chunk is padded; documents start inside a block and at a chunk's edge."""
+    monkeypatch.setattr(reverse, "PROCESSORS", 1)  # so that one program goes through all chunks
+    case = Case(time, 64, 64, decay="scalar", drift="scalar", starts=(20, 64))
+    arguments, starts = draw(case, dtype)
     found = differentiated(simulated)(arguments, starts)  # jit can deadlock the simulator
-    assert_within(found, expected(arguments, starts), "float32")
+    assert_within(found, expected(arguments, starts), dtype)
     assert "RACE" not in capfd.readouterr().out
 
 

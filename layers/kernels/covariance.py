@@ -154,7 +154,7 @@ def narrow_block(reads=True):
         drawn_pieces = [here.drawn.at[0, piece] for piece in range(COVARIANCE_PIECES)]
         between = multiply((CHUNK, BLOCK), pairs(pieces_of(here.keys, slot), drawn_pieces, 3))
         place = 0 if reads else turn(start)
-        here.joint.at[place][...] = between * mosaic.load(here.ratios.at[slot])
+        here.joint.at[place, :, pl.ds(0, BLOCK)][...] = between * mosaic.load(here.ratios.at[slot])
         mosaic.barrier_wait(here.innovations_ready)
         eliminate = partial(_eliminate, here, 0, slot, tokens, place)
         if reads:
@@ -210,7 +210,7 @@ def wide_block(share, here, slot, start, covariance):
     mosaic.barrier_wait(here.drawn_ready)
     drawn_pieces = [drawn.at[piece] for piece in range(COVARIANCE_PIECES)]
     between = multiply((CHUNK, BLOCK), pairs(pieces_of(here.keys, slot + only), drawn_pieces, 3))
-    here.joint.at[share][...] = between * mosaic.load(here.ratios.at[slot])
+    here.joint.at[share, :, pl.ds(0, BLOCK)][...] = between * mosaic.load(here.ratios.at[slot])
     mosaic.barrier_wait(here.innovations_ready)
     mosaic.store_transposed(here.read.at[tokens, own], seen)
     _eliminate(here, share, slot, tokens)

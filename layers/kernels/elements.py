@@ -105,7 +105,7 @@ def elements(
         "deviations": shared((2, CHUNK), f32),
         "columns": columns,
         "whitened": columns,
-        "joint": shared((2, CHUNK, BLOCK), f32),
+        "joint": shared((2, CHUNK, BLOCK + 4), f32),
         **dict.fromkeys(("drawn", "moved", "guided"), pieced),
         **dict.fromkeys(("information", "rounded"), shared(SQUARE, f32)),
         "full": mosaic.barrier(num_arrivals=depth + len(sources) - 1, num_barriers=slots),

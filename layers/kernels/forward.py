@@ -25,6 +25,9 @@ the usual form of two decays.
 **Layout.** Warpgroup 0 holds P (64 × 64 float32) in registers, warpgroup 1 holds M; both are split
 into bfloat16 pieces (`mosaic.pieces`), three for P and two for M, as left operands of the tensor
 cores. Warpgroup 0 eliminates while its tensor cores find P x for the variances. Sums are float32.
+Where shared memory holds two places of what consecutive blocks use (bfloat16 inputs), warpgroup 1
+leaves a block's innovations as soon as M is updated, and finds what the block before has read
+while warpgroup 0 eliminates. It also starts the copies of the chunks to come.
 
 Keys of 128 take one warpgroup more: warpgroups 0 and 1 hold 64 rows of P each, and whiten their own
 64 columns of E, each from its own factorisation of the same G. A warpgroup's states are tiles of
@@ -60,6 +63,7 @@ from .covariance import (
     pieces_of,
     through,
     tiles_of,
+    turn,
     wide_block,
 )
 from .mosaic import BLOCK, COLUMNS, ROWS, along_columns, along_rows, pairs, pieces
@@ -105,8 +109,10 @@ def filter_blocks(
     exact = key.dtype == jnp.bfloat16
     depth = 1 if exact else COVARIANCE_PIECES
     chunks = time // CHUNK
-    slots = min(3 if shares == 1 else 2, chunks) if exact else 1
-    lag = min(1, slots - 1)
+    slots = min(2, chunks) if exact else 1
+    ahead = shares == 1 and slots > 1
+    turns = 2 if ahead else 1
+    spare = 4 if shares == 1 else 0  # columns that keep rows in banks apart, where there is room
     f32 = jnp.float32
     out = {
         "mean": ((rows, time, WIDTH), f32),
@@ -123,10 +129,10 @@ def filter_blocks(
     shared = mosaic.SMEM
     plain = shared((slots, CHUNK, WIDTH), key.dtype)
     numbers = shared((slots, CHUNK), f32)
-    columns = shared((BLOCK, width + WIDTH + 4), f32)
+    columns = BLOCK, width + WIDTH + 4
 
-    def pieced(count, rows):
-        return shared((1, count, rows, BLOCK), jnp.bfloat16, transforms=mosaic.THIN)
+    def pieced(count, rows, places=1):
+        return shared((places, count, rows, BLOCK), jnp.bfloat16, transforms=mosaic.THIN)
 
     def operands(array, depth):
         shape = slots, depth, CHUNK, width
@@ -149,16 +155,20 @@ def filter_blocks(
         scratch |= {"kept": numbers, "faded": numbers}
     scratch |= {
         "outputs": shared((CHUNK, WIDTH), f32),
-        "read": shared((CHUNK, width + 4), f32),
+        "read": shared((turns, CHUNK, width + 4), f32),
         "variances": shared((CHUNK,), f32),
-        "deviations": shared((shares, CHUNK), f32),
-        "columns": columns,
-        "whitened": columns,
-        "joint": shared((shares, CHUNK, BLOCK), f32),
+        "deviations": shared((turns, shares, CHUNK), f32),
+        "columns": shared(columns, f32),
+        "whitened": shared((turns, *columns), f32),
+        "joint": shared((shares, CHUNK, BLOCK + spare), f32),
         "drawn": pieced(COVARIANCE_PIECES, width),
-        "moved": pieced(COVARIANCE_PIECES, width),
+        "moved": pieced(COVARIANCE_PIECES, width, turns),
         "explained": pieced(MEAN_PIECES, CHUNK),
     }
+    if save and shares == 1:  # of P alone: for M, which waits for P, there is no room
+        scratch["state"] = shared(
+            (SAVED_PIECES, WIDTH, WIDTH), jnp.bfloat16, transforms=mosaic.operands_of(WIDTH)
+        )
     given = rates.given()
     sources = *(array for array, _ in tokens.values()), *given
     copies = sum(x.shape[1] if x.ndim == 4 else 1 for x in sources[: len(tokens)]) + len(given)
@@ -170,9 +180,16 @@ def filter_blocks(
     }
     if shares > 1:
         scratch["drawn_ready"] = mosaic.barrier(num_arrivals=shares)
-    static = {"chunks": chunks, "slots": slots, "lag": lag, "save": save, "interpret": interpret}
+    static = {"chunks": chunks, "slots": slots, "ahead": ahead, "save": save}
     run = mosaic.kernel(
-        partial(_body, sources=len(sources), names=tuple(out), scratch=tuple(scratch), **static),
+        partial(
+            _body,
+            sources=len(sources),
+            names=tuple(out),
+            scratch=tuple(scratch),
+            interpret=interpret,
+            **static,
+        ),
         [jax.ShapeDtypeStruct(*kind) for kind in out.values()],
         {"row": rows},
         list(scratch.values()),
@@ -195,7 +212,7 @@ def split(rows: Keys, depth: int) -> Float[Array, "row piece time width"]:
     return jnp.stack(out, axis=1)
 
 
-def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
+def _body(*refs, sources, names, scratch, chunks, slots, ahead, save, interpret):
     inputs, (covariance_in, mean_in) = refs[:sources], refs[sources : sources + 2]
     out, places = refs[sources + 2 :][: len(names)], refs[sources + 2 + len(names) :]
     out = dict(zip(names, out, strict=True))
@@ -204,13 +221,22 @@ def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
     row, warpgroup = lax.axis_index("row"), lax.axis_index("wg")
     width = here.keys.shape[-1]
     shares = width // WIDTH
+    blocks = CHUNK // BLOCK
     thin = WIDTH, BLOCK
     multiply = partial(mosaic.product, interpret=interpret)
     load = mosaic.load
     tiles = tiles_of(width)
 
-    def bring(chunk, slot):
-        fetch(here, inputs, places[:sources], row, chunk, slot)
+    def in_turn(slot, start):
+        """What lies in shared memory, by name, where a block and its chunk have it."""
+        block, chunk = (turn(start), slot) if ahead else (0, 0)
+        own = {
+            "whitened": here.whitened.at[block],
+            "moved": here.moved.at[pl.ds(block, 1)],
+            "read": here.read.at[chunk],
+            "deviations": here.deviations.at[chunk],
+        }
+        return SimpleNamespace(**vars(here) | own)
 
     def leave(name, chunk, rows, state):
         for columns, tile in zip(tiles, state, strict=True):
@@ -223,65 +249,55 @@ def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
         own = pl.ds(share * WIDTH, WIDTH)
         block = narrow_block() if shares == 1 else partial(wide_block, share)
 
-        def by_first(condition):
-            return condition if shares == 1 else jnp.logical_and(share == 0, condition)
-
-        def refill(c, condition=True):
-            wanted = jnp.logical_and(c >= lag, c - lag + slots < chunks)
-            if condition is not True:
-                wanted = jnp.logical_and(condition, wanted)
-
-            @pl.when(by_first(wanted))
-            def _():
-                done = lax.rem(c - lag, slots)
-                mosaic.barrier_wait(here.free.at[done])
-                if lag == 0:  # this warpgroup's own warps may be reading the chunk yet
-                    mosaic.commit_smem()
-                bring(c - lag + slots, done)
-
-        @pl.when(by_first(True))
-        def _():
-            for slot in range(slots):
-                bring(slot, slot)
+        def copy_out(c, covariance):
+            mosaic.wait_out(0, wait_read_only=True)
+            split = pieces(covariance[0], SAVED_PIECES)
+            for piece, part in enumerate(split):
+                here.state.at[piece][...] = part
+            mosaic.commit_smem()
+            for piece in range(SAVED_PIECES):
+                mosaic.copy_out(here.state.at[piece], out["covariances"].at[row, c, piece])
 
         def chunk(c, covariance):
             slot = lax.rem(c, slots)
             mosaic.barrier_wait(here.full.at[slot])
-            if save:
+            if save and shares == 1:
+                copy_out(c, covariance)
+            elif save:
                 leave("covariances", c, own, covariance)
 
             def through_block(i, covariance):
-                covariance = block(here, slot, i * BLOCK, covariance)
-                if shares > 1 and lag > 0:  # the other warpgroups have left the chunk before
-                    refill(c, i == 0)
-                return covariance
+                return block(in_turn(slot, i * BLOCK), slot, i * BLOCK, covariance)
 
-            covariance = lax.fori_loop(0, CHUNK // BLOCK, through_block, covariance)
-            if shares > 1:
-
-                @pl.when(share > 0)
-                def _():
-                    mosaic.barrier_arrive(here.free.at[slot])
-
-            if shares == 1 or lag == 0:
-                refill(c)
+            covariance = lax.fori_loop(0, blocks, through_block, covariance)
+            mosaic.barrier_arrive(here.free.at[slot])
             return covariance
 
         start = tuple(load(covariance_in.at[row, own, columns]) for columns in tiles)
         covariance = lax.fori_loop(0, chunks, chunk, start)
-
-        @pl.when(by_first(True))
-        def _():
-            for c in range(chunks - slots, chunks):
-                mosaic.barrier_wait(here.free.at[c % slots])
-
+        if ahead:  # of a block after the last, which does not come
+            mosaic.barrier_wait(here.innovations_ready)
         for columns, tile in zip(tiles, covariance, strict=True):
             out["last_covariance"].at[row, own, columns][...] = tile
+        mosaic.wait_out(0)
 
     @pl.when(warpgroup == shares)
     def _mean():
         token = mosaic.index((CHUNK,), 0, ROWS)
         values_of = pl.ds(width, WIDTH)
+
+        def bring(chunk, slot):
+            fetch(here, inputs, places[:sources], row, chunk, slot)
+
+        def bring_after(c):
+            """What follows in the place of chunk c, once all have left it."""
+
+            @pl.when(jnp.logical_and(c >= 0, c + slots < chunks))
+            def _():
+                slot = lax.rem(c, slots)
+                mosaic.barrier_wait(here.free.at[slot])
+                mosaic.commit_smem()  # this warpgroup's own warps may be reading the chunk yet
+                bring(c + slots, slot)
 
         def lasting(slot, tokens):
             """What restoration keeps of each of the block's tokens until the chunk's."""
@@ -290,36 +306,55 @@ def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
             before = along_columns(load(here.faded.at[slot, tokens], COLUMNS), shape)
             return jnp.exp(jnp.minimum(faded - before, 0))
 
-        def chunk(c, mean):
+        def enter(mean, slot, start):
+            """Leave a block's innovations, and return what its queries find before it."""
+            tokens = pl.ds(start, BLOCK)
+            alpha = along_columns(load(here.alphas.at[slot, tokens], COLUMNS), thin)
+            split = pieces(mean[0], MEAN_PIECES)
+            if shares > 1:
+                expected, entered = through(mean, here, slot, tokens, MEAN_PIECES)
+            else:  # innovations are waited for
+                entered = None
+                keys = pieces_of(here.keys, slot, tokens)
+                expected = multiply(thin, pairs(split, keys, 2))
+            innovation = mosaic.load_transposed(here.values.at[slot, tokens]) - expected * alpha
+            mosaic.store_transposed(here.columns.at[:, values_of], innovation)
+            mosaic.barrier_arrive(here.innovations_ready)
+            if entered is None:
+                queries = pieces_of(here.queries, slot, tokens)
+                entered = multiply(thin, pairs(split, queries, 2))
+            return entered * alpha
+
+        def enter_next(c, i, mean):
+            """`enter` the block after block i of chunk c, which may be the next chunk's."""
+            after = lax.div(i + 1, blocks)
+            slot = lax.rem(c + after, slots)
+
+            @pl.when(jnp.logical_and(after > 0, c + after < chunks))
+            def _():
+                mosaic.barrier_wait(here.full.at[slot])
+
+            return enter(mean, slot, lax.rem(i + 1, blocks) * BLOCK)
+
+        def chunk(c, carry):
             slot = lax.rem(c, slots)
-            mosaic.barrier_wait(here.full.at[slot])
+            if not ahead:
+                mosaic.barrier_wait(here.full.at[slot])
             mosaic.wait_out(0, wait_read_only=True)
             if save:
-                leave("means", c, pl.ds(0, WIDTH), mean)
+                leave("means", c, pl.ds(0, WIDTH), carry[0])
 
             def block(i, carry):
-                mean, squares = carry
+                mean, entered, squares = carry
                 start = i * BLOCK
                 tokens = pl.ds(start, BLOCK)
+                now = in_turn(slot, start)
                 only = 0 if shares == 1 else hidden_zero(here, slot, start)
-                written, explained = here.moved.at[only], here.explained.at[only]
-                alpha = along_columns(load(here.alphas.at[slot, tokens], COLUMNS), thin)
-                split = pieces(mean[0], MEAN_PIECES)
-                if shares > 1:
-                    expected, entered = through(mean, here, slot, tokens, MEAN_PIECES)
-                else:  # innovations are waited for
-                    entered = None
-                    keys = pieces_of(here.keys, slot, tokens)
-                    expected = multiply(thin, pairs(split, keys, 2))
-                innovation = mosaic.load_transposed(here.values.at[slot, tokens]) - expected * alpha
-                mosaic.store_transposed(here.columns.at[:, values_of], innovation)
-                mosaic.barrier_arrive(here.innovations_ready)
-                if entered is None:
-                    queries = pieces_of(here.queries, slot, tokens)
-                    entered = multiply(thin, pairs(split, queries, 2))
-                entered = entered * alpha
+                written, explained = now.moved.at[only], here.explained.at[only]
+                if not ahead:
+                    entered = enter(mean, slot, start)
                 mosaic.barrier_wait(here.elimination_ready)
-                surprise = mosaic.load_transposed(here.whitened.at[:, values_of])
+                surprise = mosaic.load_transposed(now.whitened.at[:, values_of])
                 end = along_columns(load(here.ends.at[slot, tokens], COLUMNS), thin)
                 left = pieces(surprise * end, MEAN_PIECES)
                 kept = here.alphas[slot, start + BLOCK - 1]
@@ -327,6 +362,7 @@ def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
                 for tile, columns in zip(mean, tiles, strict=True):
                     right = across(written, MEAN_PIECES, columns)
                     moved.append(tile * kept + multiply(tile.shape, pairs(left, right, 2)))
+                entered_next = enter_next(c, i, moved) if ahead else entered
                 own = [written.at[piece] for piece in range(COVARIANCE_PIECES)]
                 queries = pieces_of(here.queries, slot + only)
                 seen = multiply((CHUNK, BLOCK), pairs(queries, own, 3))
@@ -342,17 +378,20 @@ def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
                 for t in range(BLOCK):
                     for first in range(0, width, WIDTH):
                         columns = pl.ds(first, 2 * WIDTH)
-                        line = mosaic.load_threads(here.whitened.at[t, columns])
+                        line = mosaic.load_threads(now.whitened.at[t, columns])
                         out["whitened"].at[row, c * CHUNK + start + t, columns][...] = line
                 mosaic.commit_smem()
                 weights = [explained.at[p, tokens].transpose((1, 0)) for p in range(MEAN_PIECES)]
                 output = entered + multiply(thin, pairs(pieces(surprise, MEAN_PIECES), weights, 2))
                 mosaic.store_transposed(here.outputs.at[tokens], output)
-                return tuple(moved), squares
+                if slots > 1:
+                    bring_after(jnp.where(i == 0, c - 1, -1))
+                return tuple(moved), entered_next, squares
 
             start = mosaic.zeros((CHUNK,), ROWS)
-            mean, squares = lax.fori_loop(0, CHUNK // BLOCK, block, (mean, start))
-            read = [load(here.read.at[:, columns]) for columns in tiles]
+            mean, entered_next, squares = lax.fori_loop(0, blocks, block, (*carry, start))
+            now = in_turn(slot, 0)
+            read = [load(now.read.at[:, columns]) for columns in tiles]
             entered = reduce(add, [jnp.sum(part, axis=1) for part in read])
             if shares == 1:
                 query = load(here.queries_plain.at[slot]).astype(jnp.float32)
@@ -367,12 +406,21 @@ def _body(*refs, sources, names, scratch, chunks, slots, lag, save, interpret):
             tokens = pl.ds(c * CHUNK, CHUNK)
             mosaic.copy_out(here.outputs, out["mean"].at[row, tokens])
             mosaic.copy_out(here.variances, out["variance"].at[row, tokens])
-            mosaic.copy_out(here.deviations.at[0], out["inverse_deviation"].at[row, tokens])
-            mosaic.barrier_arrive(here.free.at[slot])
-            return mean
+            mosaic.copy_out(now.deviations.at[0], out["inverse_deviation"].at[row, tokens])
+            if slots == 1:
+                bring_after(c)
+            return mean, entered_next
 
-        start = tuple(load(mean_in.at[row, :, columns]) for columns in tiles)
-        mean = lax.fori_loop(0, chunks, chunk, start)
+        for slot in range(slots):
+            bring(slot, slot)
+        mean = tuple(load(mean_in.at[row, :, columns]) for columns in tiles)
+        entered = mosaic.zeros(thin)
+        if ahead:
+            mosaic.barrier_wait(here.full.at[0])
+            entered = enter(mean, 0, 0)
+        mean, _ = lax.fori_loop(0, chunks, chunk, (mean, entered))
+        for c in range(chunks - slots, chunks):
+            mosaic.barrier_wait(here.free.at[c % slots])
         for columns, tile in zip(tiles, mean, strict=True):
             out["last_mean"].at[row, :, columns][...] = tile
         mosaic.wait_out(0)

@@ -73,7 +73,7 @@ def join_starts(
         **dict.fromkeys(("noises", "alphas", "drifts", "ends", "decays", "deviations"), numbers),
         "ratios": shared((1, CHUNK, BLOCK), f32),
         **dict.fromkeys(("columns", "whitened"), columns),
-        "joint": shared((2, CHUNK, BLOCK), f32),
+        "joint": shared((2, CHUNK, BLOCK + 4), f32),
         **dict.fromkeys(("drawn", "moved"), pieced),
         "told": mosaic.barrier(num_arrivals=count + 1),
         "arrived": mosaic.barrier(num_arrivals=count),
