@@ -259,6 +259,13 @@ class Share:
         """`times`, and what is done meanwhile."""
         return mosaic.product_beside(self.shape, self._terms(factors), work, self.interpret)
 
+    def within(self, between, left, right):
+        """Own share of a product, of some of the indices that it sums over."""
+        every = range(PIECES)
+        lefts = [left.ref.at[piece, :, between] for piece in every]
+        rights = [right.ref.at[piece, between, self.columns] for piece in every]
+        return self.multiply(mosaic.pairs(lefts, rights, PIECES))
+
     def _terms(self, factors):
         terms = []
         for left, right in factors:
@@ -435,16 +442,21 @@ def _local(
         inner = inner + here.diagonal(here.along(numbers.of_evidence)) * (values / 2)
         meet()
         inverse = inverses()
-        for size, joined, crossed, after in ((BLOCK, E, B, D), (2 * BLOCK, D, E, B)):
+        # Blocks of 16 and of 32 are joined. All but the last factor lies in own columns.
+        own, last, alone = here.columns, pl.ds(CHUNK // 2, CHUNK // 2), mosaic.commit_smem
+        for size, joined, crossed, after, between, wait in (
+            (BLOCK, E, B, D, own, alone),
+            (2 * BLOCK, D, E, B, last, meet),
+        ):
             joining = jnp.logical_and(apart >= size, apart < 2 * size)
             joining = jnp.logical_and(joining, here.i > here.j)
-            product = here.times((F, joined))
+            product = here.within(own, F, joined)
             here.put(crossed.ref, jnp.where(joining, product, jnp.zeros_like(product)))
-            meet()
-            inverse = inverse - here.times((joined, crossed))
+            wait()
+            inverse = inverse - here.within(between, joined, crossed)
             here.put(after.ref, inverse)
-            if size == BLOCK:
-                meet()
+            if after is D:
+                alone()
         if numbers.faded is not None:
             here.put(lasting.ref, inverse * here.lasting(numbers))
         here.put(F.ref, inner)
