@@ -495,8 +495,8 @@ def _local(
 
         of_read, _ = here.beside(leave_joint, (a, lasting))
         of_read = of_read * ratios
-        leave(of_value_out, here.times((b.T, c)))
-        weight = broad.times((b.T, moved_by))
+        of_value = here.times((b.T, c))
+        weight, _ = broad.beside(lambda: leave(of_value_out, of_value), (b.T, moved_by))
         meet()
 
         def put_outputs():
