@@ -38,18 +38,23 @@ _THREADS = plgpu.Layout.TILED(
 """One entry per thread."""
 
 
-def operands_of(columns: int) -> tuple[Any, ...]:
-    """How shared memory holds a tensor-core operand that is read by so many columns at a time."""
+def operands_of(columns: int, size: int = 2) -> tuple[Any, ...]:
+    """How shared memory holds a tensor-core operand that is read by so many columns at a time.
+
+    Args:
+        columns: how many.
+        size: bytes of an entry.
+    """
     tiling: Any = plgpu.TilingTransform
     swizzle: Any = plgpu.SwizzleTransform
-    return tiling((8, columns)), swizzle(2 * columns)
+    return tiling((8, columns)), swizzle(size * columns)
 
 
 THIN = operands_of(BLOCK)
 """For operands that are 16 columns wide or are read so."""
 
-ENTRIES = plgpu.TilingTransform((8, 8)), plgpu.SwizzleTransform(32)
-"""For float32 matrices copied in and read as accumulators are: eight by eight lie together."""
+ENTRIES = operands_of(8, 4)
+"""For float32 matrices that are copied in and loaded as `MATRIX`, without bank conflicts."""
 
 SMEM, barrier, barrier_arrive, barrier_wait = (
     plgpu.SMEM,
@@ -258,7 +263,8 @@ def invert_blocks(factor, scale, first, interpret: bool):
     if interpret:
         _invert_blocks_plainly(factor, scale, first)
     else:
-        _invert_blocks_by_threads(factor, scale)
+        by_threads: Any = _invert_blocks_by_threads
+        by_threads(factor, scale)
 
 
 def _invert_blocks_plainly(factor, scale, first):
@@ -290,8 +296,8 @@ def _invert_blocks_by_threads(ctx, factor, scale):
     thread = gpu.thread_id(gpu.Dimension.x)
     warpgroup = arith.divui(thread, at(WARPGROUP))
     own = plus(arith.muli(warpgroup, at(2 * BLOCK)), arith.remui(thread, at(2 * BLOCK)))
-    column = arith.remui(own, at(BLOCK))
-    start = arith.subi(own, column)
+    column = arith.remui(thread, at(BLOCK))
+    start = arith.muli(arith.divui(own, at(BLOCK)), at(BLOCK))
     zero, one = arith.constant(f32, 0.0), arith.constant(f32, 1.0)
     mosaic_utils.warpgroup_barrier()
     solved = []

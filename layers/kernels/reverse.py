@@ -60,8 +60,11 @@ through the chunks of a head from the last to the first with M̄ and P̄ in regi
 lies whole in shared memory as two bfloat16 pieces, readable as its transpose too, and each
 multiplies it by its own 32 columns of another; sums are float32. `local` is as many programs as
 there are multiprocessors, `recur` one a head. Between them pass five such matrices a chunk, 1.3 kB
-a token. Keys of 128 make those with a column a key 64 × 128, and P 128 × 128: `local` shares them
-likewise, and `kernels.wide` has the recursion.
+a token. `local` has six places for operands, and its chunk's rows of u, w and Ȳ beside them, which
+the copy engine replaces by the next chunk's after their last reading; L's blocks of 16 are inverted
+and joined by the warpgroup that has their columns. Keys of 128 make what has a column a key
+64 × 128, and P 128 × 128: `local` shares them likewise, but loads rows from global memory, and
+`kernels.wide` has the recursion.
 
 Source: the derivative of a Cholesky factor, Murray (2016), arXiv 1602.07527; values and gradients
 are compared with the filter token by token in tests/test_kernels.py.
@@ -259,6 +262,13 @@ class Share:
         """`times`, and what is done meanwhile."""
         return mosaic.product_beside(self.shape, self._terms(factors), work, self.interpret)
 
+    def within(self, between, left, right):
+        """Own share of a product, of some of the indices that it sums over."""
+        every = range(PIECES)
+        lefts = [left.ref.at[piece, :, between] for piece in every]
+        rights = [right.ref.at[piece, between, self.columns] for piece in every]
+        return self.multiply(mosaic.pairs(lefts, rights, PIECES))
+
     def _terms(self, factors):
         terms = []
         for left, right in factors:
@@ -305,20 +315,18 @@ def _local(
     interpret,
 ):
     row, part = lax.axis_index("row"), lax.axis_index("part")
-    here = Share(lax.axis_index("wg"), WIDTH // SHARES, interpret)
+    share = lax.axis_index("wg")
+    here = Share(share, WIDTH // SHARES, interpret)
     keys_in, queries_in, vectors, blocks, arrived, met, moved, *operands = scratch
     width = keys_in.shape[-1]
     wide = width > WIDTH
     # Rows of the next chunk are copied to shared memory where it has room for them.
     told = [] if wide else [operands.pop(-2), operands.pop()]
     # A share of what has a column a key.
-    broad = Share(lax.axis_index("wg"), width // SHARES, interpret) if wide else here
+    broad = Share(share, width // SHARES, interpret) if wide else here
 
     def meet():
         mosaic.meet(met, interpret)
-
-    def by_first(work):
-        pl.when(here.first == 0)(work)
 
     def at(step):
         # The last program may find its last chunk twice.
@@ -341,7 +349,7 @@ def _local(
         else:
             mosaic.prefetch(source, interpret)
 
-    @by_first
+    @pl.when(share == 0)
     def _():
         fetch(at(0), 0)
         tell(at(0), 0)
@@ -354,31 +362,36 @@ def _local(
             ref.at[row, chunk, :, here.columns][...] = matrix
 
         def before_next(work):
-            pl.when(jnp.logical_and(here.first == 0, step + 1 < steps))(work)
+            pl.when(jnp.logical_and(share == 0, step + 1 < steps))(work)
 
         rows, asked = told or (ref.at[tokens_of(chunk)] for ref in (whitened, of_mean))
-        surprises = pl.ds(width + here.first, WIDTH // SHARES)
+
+        def surprises():
+            return mosaic.load(rows.at[:, pl.ds(width + here.first, WIDTH // SHARES)])
 
         def wait_for_outputs():
             # What the chunk before left is being read until then.
-            by_first(lambda: mosaic.wait_out(0, wait_read_only=True))
+            mosaic.wait_out(0, wait_read_only=True)
 
         mosaic.barrier_wait(arrived)
         numbers = numbers_of(vectors.at[slot])
         only = opaque_zero(vectors, slot)
         place = [ref.at[only] for ref in (keys_in, queries_in, moved, *operands)]
         keys, queries, moved_by, *places = map(Pieces, place)
-        A, B, C, D, F, *others = places
-        E = Pieces(place[2].at[:, :, :WIDTH]) if wide else moved_by
+        # Each place holds in turn: a, R̄ and ρ∘H̄; b, W, what joins blocks of 16, L⁻¹; c, W̄ and B;
+        # d, R, inverses of blocks of 32, L⁻ᵀ times what is within, Θ; e, U, inverses of blocks of
+        # 16, what joins those of 32, εU; f, Ȳ, L, what is within Ḡ, W.
+        a, b, c, d, f, *others = places
+        e = Pieces(place[2].at[:, :, :WIDTH]) if wide else moved_by
         # L⁻¹ with λ besides, where covariances are restored.
-        lasting = others.pop() if others else B
-        weights = moved_by if wide else C
+        lasting = others.pop() if others else b
+        weights = moved_by if wide else c
         if wide:
             wait_for_outputs()
             meet()
         broad.put(moved_by.ref, broad.load(rows))
-        here.put(B.ref, mosaic.load(rows.at[:, surprises]))
-        here.put(F.ref, here.load(asked))
+        here.put(b.ref, surprises())
+        here.put(f.ref, here.load(asked))
         if not wide:
             wait_for_outputs()
         meet()
@@ -391,7 +404,7 @@ def _local(
 
         read, _ = here.beside(invert_blocks, (queries, moved_by.T))
         read = read * ratios
-        here.put(D.ref, read)
+        here.put(d.ref, read)
         meet()
 
         @before_next
@@ -407,56 +420,60 @@ def _local(
             return jnp.where(apart < BLOCK, found, jnp.zeros_like(found))
 
         def put_inverses():
-            here.put(E.ref, inverses())
-            surprise = mosaic.load(rows.at[:, surprises])
-            return here.along(numbers.of_evidence) * surprise
+            here.put(e.ref, inverses())
+            return here.along(numbers.of_evidence) * surprises()
 
-        of_surprise, less = here.beside(put_inverses, (D.T, F))
+        of_surprise, less = here.beside(put_inverses, (d.T, f))
 
         def put_of_surprise():
-            here.put(C.ref, of_surprise - less)
+            here.put(c.ref, of_surprise - less)
             lasting_read = read if numbers.faded is None else read * here.lasting(numbers)
             return 2 * here.along(numbers.of_variance) * lasting_read
 
-        of_read, less = here.beside(put_of_surprise, (F, B.T))
-        here.put(A.ref, here.lower(of_read - less))
+        of_read, less = here.beside(put_of_surprise, (f, b.T))
+        here.put(a.ref, here.lower(of_read - less))
         meet()
 
         def put_factor():
             # Its blocks of 16 are not read.
-            here.put(F.ref, mosaic.load(blocks.at[:, here.columns]))
+            here.put(f.ref, mosaic.load(blocks.at[:, here.columns]))
 
         if numbers.faded is None:
-            inner, _ = here.beside(put_factor, (C, B.T), (A.T, D))
+            inner, _ = here.beside(put_factor, (c, b.T), (a.T, d))
             inner = here.halved(inner)
         else:
-            inner, _ = here.beside(put_factor, (C, B.T))
-            inner = here.halved(inner) + here.halved_above(here.times((D.T, A)))
+            inner, _ = here.beside(put_factor, (c, b.T))
+            inner = here.halved(inner) + here.halved_above(here.times((d.T, a)))
         inner = inner + here.diagonal(here.along(numbers.of_evidence)) * (values / 2)
         meet()
-        inverse = inverses()
-        for size, joined, crossed, after in ((BLOCK, E, B, D), (2 * BLOCK, D, E, B)):
+
+        def join(inverse, size, joined, crossed, between, wait):
             joining = jnp.logical_and(apart >= size, apart < 2 * size)
             joining = jnp.logical_and(joining, here.i > here.j)
-            product = here.times((F, joined))
+            product = here.within(here.columns, f, joined)
             here.put(crossed.ref, jnp.where(joining, product, jnp.zeros_like(product)))
-            meet()
-            inverse = inverse - here.times((joined, crossed))
-            here.put(after.ref, inverse)
-            if size == BLOCK:
-                meet()
+            wait()
+            return inverse - here.within(between, joined, crossed)
+
+        # Until the last product all that is read lies in own columns.
+        inverse = join(inverses(), BLOCK, e, b, here.columns, mosaic.commit_smem)
+        here.put(d.ref, inverse)
+        mosaic.commit_smem()
+        last = pl.ds(CHUNK // 2, CHUNK // 2)
+        inverse = join(inverse, 2 * BLOCK, d, e, last, meet)
+        here.put(b.ref, inverse)
         if numbers.faded is not None:
             here.put(lasting.ref, inverse * here.lasting(numbers))
-        here.put(F.ref, inner)
+        here.put(f.ref, inner)
         meet()
 
         def put_faded():
             broad.put(moved_by.ref, broad.along(numbers.end) * broad.load(rows))
-            return mosaic.load(rows.at[:, surprises])
+            return surprises()
 
-        both = ((B.T, F), (B.T, F.T)) if numbers.faded is None else ((B.T, F),)
+        both = ((b.T, f), (b.T, f.T)) if numbers.faded is None else ((b.T, f),)
         inner, surprise = here.beside(put_faded, *both)
-        here.put(D.ref, inner)
+        here.put(d.ref, inner)
         meet()
 
         @before_next
@@ -464,38 +481,34 @@ def _local(
             tell(at(step + 1), 0)
 
         def put_surprise():
-            here.put(F.ref, surprise)
+            here.put(f.ref, surprise)
             return here.ratios(numbers)
 
         # Ḡ is minus half the product, and its lower triangle off the diagonal counts twice.
-        of_joint, ratios = here.beside(put_surprise, (D, lasting))
+        of_joint, ratios = here.beside(put_surprise, (d, lasting))
         if numbers.faded is not None:
-            crossed = here.times((lasting.T, D.T))
+            crossed = here.times((lasting.T, d.T))
             of_joint = of_joint + here.lasting(numbers) * crossed
 
         def leave_joint():
             leave(of_joint_out, -here.halved(of_joint) * ratios)
 
-        of_read, _ = here.beside(leave_joint, (A, lasting))
+        of_read, _ = here.beside(leave_joint, (a, lasting))
         of_read = of_read * ratios
-        leave(of_value_out, here.times((B.T, C)))
-        weight = broad.times((B.T, moved_by))
+        of_value = here.times((b.T, c))
+        weight, _ = broad.beside(lambda: leave(of_value_out, of_value), (b.T, moved_by))
         meet()
 
         def put_outputs():
-            here.put(A.ref, of_read)
+            here.put(a.ref, of_read)
             broad.put(weights.ref, weight)
 
-        explained, _ = here.beside(put_outputs, (lasting.T, F))
-        here.put(D.ref, explained)
+        explained, _ = here.beside(put_outputs, (lasting.T, f))
+        here.put(d.ref, explained)
         meet()
 
-        @by_first
-        def _():
-            for place, ref in ((weights, weights_out), (D, explained_out), (A, of_read_out)):
-                for piece in range(PIECES):
-                    mosaic.copy_out(place.ref.at[piece], ref.at[row, chunk, piece])
-
+        for place, ref in ((weights, weights_out), (d, explained_out), (a, of_read_out)):
+            mosaic.copy_out(place.ref.at[share], ref.at[row, chunk, share])
         return carry
 
     steps = -(-chunks // parts)
