@@ -68,6 +68,7 @@ are compared with the filter token by token in tests/test_kernels.py.
 """
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -597,7 +598,7 @@ def _recur(*refs, names, places, chunks, interpret):
     place = dict(zip(places, refs[13 + len(names) :], strict=True))
     vectors = place["vectors"]
     row, share = lax.axis_index("row"), lax.axis_index("wg")
-    here = Share(share, WIDTH // SHARES, interpret)
+    own = Share(share, WIDTH // SHARES, interpret)
 
     def hand(when, c, slot):
         """Start copies of what a chunk wants at once."""
@@ -612,6 +613,16 @@ def _recur(*refs, names, places, chunks, interpret):
         @pl.when(when)
         def _():
             mosaic.copy_in(numbers_in.at[row, c], vectors.at[slot], place["numbered"].at[slot])
+
+    def find(slot):
+        """Operands, whose addresses the compiler finds anew: kept, they would be spilled."""
+        only = mosaic.uniform(opaque_zero(vectors, slot), interpret)
+        found = {name: Pieces(place[name].at[only]) for name in places[:9]}
+        # B and Θ of the next chunk are copied to where M̄ and P̄ of this one have been read.
+        for name, other in (("weights", "of_means"), ("spreads", "of_covariances")):
+            found[name] = Pieces(place[name].at[slot + only])
+            found[other] = Pieces(place[name].at[1 - slot - only])
+        return SimpleNamespace(**found)
 
     number(share == 0, chunks - 1, 0)
     hand(share == 0, chunks - 1, 0)
@@ -632,26 +643,25 @@ def _recur(*refs, names, places, chunks, interpret):
             at = c if len(out[name].shape) == 4 else tokens
             out[name].at[row, share, at][...] = jnp.sum(matrix, axis=1)
 
+        def next_phase():
+            found = find(slot)
+            mosaic.meet(place["met"], interpret)
+            return found
+
         def prefetch(ref):
             @pl.when(copies)
             def _():
                 mosaic.prefetch(ref, interpret)
 
         mosaic.barrier_wait(place["numbered"].at[slot])
-        only = opaque_zero(vectors, slot)
-        keys, queries, reads, mean, covariance, of_values, joints, given, squares = (
-            Pieces(place[name].at[only]) for name in places[:9]
-        )
-        # B and Θ of the next chunk are copied to where M̄ and P̄ of this one have been read.
-        (weights, of_means), (spreads, of_covariances) = (
-            [Pieces(place[name].at[turn]) for turn in (slot, 1 - slot)]
-            for name in ("weights", "spreads")
-        )
+        # Indices anew too: what is known of diagonals would be kept from before the loop.
+        here = Share(share + opaque_zero(vectors, slot), WIDTH // SHARES, interpret)
+        held = find(slot)
         bring(
             copies,
             place["keys_there"],
-            (covariances_in.at[row, c], covariance.ref),
-            (key.at[row, :, tokens], keys.ref),
+            (covariances_in.at[row, c], held.covariance.ref),
+            (key.at[row, :, tokens], held.keys.ref),
         )
         fade, added = here.along(numbers.alpha), here.along(numbers.drift)
         since, kept = here.since(numbers), numbers.alpha[CHUNK - 1]
@@ -659,91 +669,107 @@ def _recur(*refs, names, places, chunks, interpret):
         if numbers.faded is not None:
             out["ends"].at[row, c, :, here.columns][...] = of_covariance_end
             through = through * jnp.exp(numbers.faded[CHUNK - 1])
-        here.put(of_means.ref, of_mean_end)
-        here.put(of_covariances.ref, of_covariance_end)
+        here.put(held.of_means.ref, of_mean_end)
+        here.put(held.of_covariances.ref, of_covariance_end)
         mosaic.barrier_wait(place["handed"])
-        mosaic.meet(place["met"], interpret)
+        held = next_phase()
         of_value = here.load(of_value_in.at[row, c])
         cotangent = here.load(of_mean.at[row, tokens])
-        bring(
-            copies,
-            place["queries_there"],
-            (query.at[row, :, tokens], queries.ref),
-            (reads_in.at[row, c], reads.ref),
-        )
-        guided = here.times((spreads, of_means))
-        spread = here.times((weights, of_covariances))
+
+        def bring_queries():
+            bring(
+                copies,
+                place["queries_there"],
+                (query.at[row, :, tokens], held.queries.ref),
+                (reads_in.at[row, c], held.reads.ref),
+            )
+
+        guided, _ = here.beside(bring_queries, (held.spreads, held.of_means))
+        spread = here.times((held.weights, held.of_covariances))
         if numbers.faded is not None:
             spread = spread * here.until(numbers)
 
         def leave_square():
-            here.put(squares.ref, guided - spread)
-            here.put(given.ref, fade * cotangent)
+            here.put(held.squares.ref, guided - spread)
+            here.put(held.given.ref, fade * cotangent)
 
-        explained, _ = here.beside(leave_square, (weights, of_means.T))
+        explained, _ = here.beside(leave_square, (held.weights, held.of_means.T))
         of_value = of_value + explained
         leave("value", of_value)
-        here.put(of_values.ref, -fade * of_value)
+        here.put(held.of_values.ref, -fade * of_value)
         of_tied = here.along(numbers.end) * (guided - 2 * spread)
-        mosaic.meet(place["met"], interpret)
+        held = next_phase()
         of_joint = here.load(of_joint_in.at[row, c])
-        bring(copies, place["mean_there"], (means_in.at[row, c], mean.ref))
-        number(copies_next, before, 1 - slot)
+
+        def bring_mean():
+            bring(copies, place["mean_there"], (means_in.at[row, c], held.mean.ref))
+            number(copies_next, before, 1 - slot)
+
         if numbers.faded is None:
-            between = here.times((squares, weights.T), (weights, squares.T))
+            between, _ = here.beside(
+                bring_mean, (held.squares, held.weights.T), (held.weights, held.squares.T)
+            )
         else:
-            between = here.lasting(numbers) * here.times((squares, weights.T))
-            between = between + here.times((weights, squares.T))
+            between, _ = here.beside(bring_mean, (held.squares, held.weights.T))
+            between = here.lasting(numbers) * between
+            between = between + here.times((held.weights, held.squares.T))
         mosaic.barrier_wait(place["keys_there"])
 
         def leave_joint():
             joint = of_joint - here.halved(between) * here.ratios(numbers)
             leave_sum("noise", here.diagonal(joint))
-            here.put(joints.ref, joint)
-            return here.plain(keys.ref)
+            here.put(held.joints.ref, joint)
+            return here.plain(held.keys.ref)
 
-        carried, plain_key = here.beside(leave_joint, (keys, covariance))
+        carried, plain_key = here.beside(leave_joint, (held.keys, held.covariance))
         tied = since * carried + added * plain_key
-        mosaic.meet(place["met"], interpret)
-        hand(copies_next, before, 1 - slot)
+        held = next_phase()
         mosaic.barrier_wait(place["queries_there"])
 
         def leave_tied():
-            here.put(weights.ref, tied)
-            return here.plain(queries.ref)
+            hand(copies_next, before, 1 - slot)
+            here.put(held.weights.ref, tied)
+            return here.plain(held.queries.ref)
 
-        asked, plain_query = here.beside(leave_tied, (joints.T, keys), (reads.T, queries))
+        asked, plain_query = here.beside(
+            leave_tied, (held.joints.T, held.keys), (held.reads.T, held.queries)
+        )
         of_tied = of_tied + asked
         of_read_variance = here.along(numbers.of_variance)
 
         def leave_asked():
             leave_sum("drift", plain_key * of_tied + of_read_variance * plain_query * plain_query)
-            here.put(spreads.ref, since * of_tied)
-            here.put(squares.ref, since * of_read_variance * plain_query)
+            here.put(held.spreads.ref, since * of_tied)
+            here.put(held.squares.ref, since * of_read_variance * plain_query)
 
-        seen, _ = here.beside(leave_asked, (queries, covariance))
+        seen, _ = here.beside(leave_asked, (held.queries, held.covariance))
         if numbers.faded is not None:
             leave("tied", of_tied)
             leave_sum("entered", carried * of_tied + of_read_variance * seen * plain_query)
         unread = since * seen + added * plain_query
-        mosaic.meet(place["met"], interpret)
+        held = next_phase()
         prefetch(of_value_in.at[row, before])
-        of_mean_start = kept * of_mean_end + here.times((of_values.T, keys), (given.T, queries))
+        of_mean_start = kept * of_mean_end + here.times(
+            (held.of_values.T, held.keys), (held.given.T, held.queries)
+        )
         prefetch(of_mean.at[row, pl.ds(before * CHUNK, CHUNK)])
-        crossed = here.times((keys.T, spreads), (spreads.T, keys))
+        crossed = here.times((held.keys.T, held.spreads), (held.spreads.T, held.keys))
         prefetch(of_joint_in.at[row, before])
-        squared = here.times((queries.T, squares))
+        squared = here.times((held.queries.T, held.squares))
         mosaic.barrier_wait(place["mean_there"])
 
         def find_start():
             of_covariance_start = through * of_covariance_end + 0.5 * crossed + squared
-            scale = here.plain(mean.ref) * of_mean_start
-            leave_sum("scale", scale + 2 * here.plain(covariance.ref) * of_covariance_start)
+            scale = here.plain(held.mean.ref) * of_mean_start
+            leave_sum("scale", scale + 2 * here.plain(held.covariance.ref) * of_covariance_start)
             leave_sum("trace", here.diagonal(of_covariance_start))
             return of_covariance_start
 
         of_key, of_covariance_start = here.beside(
-            find_start, (joints, weights), (spreads, covariance), (of_values, mean)
+            find_start,
+            (held.joints, held.weights),
+            (held.spreads, held.covariance),
+            (held.of_values, held.mean),
         )
 
         def leave_key():
@@ -751,14 +777,16 @@ def _recur(*refs, names, places, chunks, interpret):
             leave("key", whole)
             return plain_key * whole
 
-        of_query, moved = here.beside(leave_key, (reads, weights), (given, mean))
+        of_query, moved = here.beside(
+            leave_key, (held.reads, held.weights), (held.given, held.mean)
+        )
         of_query = 2 * of_read_variance * unread + of_query
         leave("query", of_query)
         leave_sum("moved", moved + plain_query * of_query)
         mosaic.meet(place["met"], interpret)
         return of_mean_start, of_covariance_start
 
-    start = here.load(of_last_mean.at[row]), here.load(of_last_covariance.at[row])
+    start = own.load(of_last_mean.at[row]), own.load(of_last_covariance.at[row])
     first_mean, first_covariance = lax.fori_loop(0, chunks, chunk, start)
-    out["first_mean"].at[row, :, here.columns][...] = first_mean
-    out["first_covariance"].at[row, :, here.columns][...] = first_covariance
+    out["first_mean"].at[row, :, own.columns][...] = first_mean
+    out["first_covariance"].at[row, :, own.columns][...] = first_covariance
