@@ -676,16 +676,16 @@ def _recur(*refs, names, places, chunks, interpret):
         of_value = here.load(of_value_in.at[row, c])
         cotangent = here.load(of_mean.at[row, tokens])
 
-        def bring_queries():
+        def find_spread():
             bring(
                 copies,
                 place["queries_there"],
                 (query.at[row, :, tokens], held.queries.ref),
                 (reads_in.at[row, c], held.reads.ref),
             )
+            return here.times((held.weights, held.of_covariances))
 
-        guided, _ = here.beside(bring_queries, (held.spreads, held.of_means))
-        spread = here.times((held.weights, held.of_covariances))
+        guided, spread = here.beside(find_spread, (held.spreads, held.of_means))
         if numbers.faded is not None:
             spread = spread * here.until(numbers)
 
@@ -740,7 +740,7 @@ def _recur(*refs, names, places, chunks, interpret):
         def leave_asked():
             leave_sum("drift", plain_key * of_tied + of_read_variance * plain_query * plain_query)
             here.put(held.spreads.ref, since * of_tied)
-            here.put(held.squares.ref, since * of_read_variance * plain_query)
+            here.put(held.squares.ref, 2 * since * of_read_variance * plain_query)
 
         seen, _ = here.beside(leave_asked, (held.queries, held.covariance))
         if numbers.faded is not None:
@@ -748,18 +748,25 @@ def _recur(*refs, names, places, chunks, interpret):
             leave_sum("entered", carried * of_tied + of_read_variance * seen * plain_query)
         unread = since * seen + added * plain_query
         held = next_phase()
-        prefetch(of_value_in.at[row, before])
-        of_mean_start = kept * of_mean_end + here.times(
-            (held.of_values.T, held.keys), (held.given.T, held.queries)
+
+        def find_asked():
+            for ref in (of_value_in.at[row, before], of_joint_in.at[row, before]):
+                prefetch(ref)
+            prefetch(of_mean.at[row, pl.ds(before * CHUNK, CHUNK)])
+            return here.times(
+                (held.keys.T, held.spreads),
+                (held.spreads.T, held.keys),
+                (held.queries.T, held.squares),
+            )
+
+        of_mean_start, doubled = here.beside(
+            find_asked, (held.of_values.T, held.keys), (held.given.T, held.queries)
         )
-        prefetch(of_mean.at[row, pl.ds(before * CHUNK, CHUNK)])
-        crossed = here.times((held.keys.T, held.spreads), (held.spreads.T, held.keys))
-        prefetch(of_joint_in.at[row, before])
-        squared = here.times((held.queries.T, held.squares))
+        of_mean_start = kept * of_mean_end + of_mean_start
         mosaic.barrier_wait(place["mean_there"])
 
         def find_start():
-            of_covariance_start = through * of_covariance_end + 0.5 * crossed + squared
+            of_covariance_start = through * of_covariance_end + 0.5 * doubled
             scale = here.plain(held.mean.ref) * of_mean_start
             leave_sum("scale", scale + 2 * here.plain(held.covariance.ref) * of_covariance_start)
             leave_sum("trace", here.diagonal(of_covariance_start))
