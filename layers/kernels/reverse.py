@@ -522,11 +522,11 @@ def recur(
     def operand(depth, turns=1):
         return mosaic.SMEM((turns, depth, *SQUARE), jnp.bfloat16, transforms=form)
 
-    own = "reads", "mean", "covariance", "of_values", "joints", "given", "squares"
+    whole = "reads", "mean", "covariance", "of_values", "joints", "given", "squares"
     scratch = {
         **dict.fromkeys(("keys", "queries"), operand(depth)),
-        **dict.fromkeys(own, operand(PIECES)),
-        **dict.fromkeys(("weights", "spreads"), operand(PIECES, turns=2)),
+        **dict.fromkeys(whole, operand(PIECES)),
+        **dict.fromkeys(TURNING, operand(PIECES, turns=2)),
         "vectors": mosaic.SMEM((2, *numbers.shape[2:]), f32),
         "numbered": mosaic.barrier(num_arrivals=1, num_barriers=2),
         "handed": mosaic.barrier(num_arrivals=2 * PIECES),
@@ -577,6 +577,20 @@ def joined(found: dict[str, Array]) -> dict[str, Array]:
     return found | {name: found[name].sum(axis=1) for name in shared}
 
 
+TURNING = {"weights": "of_means", "spreads": "of_covariances"}
+"""B and Θ of the next chunk are copied to where M̄ and P̄ of this one have been read."""
+
+
+def operands(place, names, slot, interpret):
+    """Operands by name, whose addresses the compiler finds anew: kept, they would be spilled."""
+    only = mosaic.uniform(opaque_zero(place["vectors"], slot), interpret)
+    found = {name: Pieces(place[name].at[only]) for name in names}
+    for name, other in TURNING.items():
+        found[name] = Pieces(place[name].at[slot + only])
+        found[other] = Pieces(place[name].at[1 - slot - only])
+    return SimpleNamespace(**found)
+
+
 def bring(when, barrier, *copies):
     """Start copies of matrices' pieces to shared memory, (from, to).
 
@@ -585,9 +599,9 @@ def bring(when, barrier, *copies):
 
     @pl.when(when)
     def _():
-        for source, place in copies:
-            for piece in range(place.shape[0]):
-                mosaic.copy_in(source.at[piece], place.at[piece], barrier)
+        for source, spot in copies:
+            for piece in range(spot.shape[0]):
+                mosaic.copy_in(source.at[piece], spot.at[piece], barrier)
 
 
 def _recur(*refs, names, places, chunks, interpret):
@@ -600,29 +614,19 @@ def _recur(*refs, names, places, chunks, interpret):
     row, share = lax.axis_index("row"), lax.axis_index("wg")
     own = Share(share, WIDTH // SHARES, interpret)
 
+    def find(slot):
+        return operands(place, places[:9], slot, interpret)
+
     def hand(when, c, slot):
-        """Start copies of what a chunk wants at once."""
-        bring(
-            when,
-            place["handed"],
-            (weights_in.at[row, c], place["weights"].at[slot]),
-            (spreads_in.at[row, c], place["spreads"].at[slot]),
-        )
+        """Start copies of what a chunk wants first."""
+        spots = (place[name].at[slot] for name in TURNING)
+        sources = weights_in.at[row, c], spreads_in.at[row, c]
+        bring(when, place["handed"], *zip(sources, spots, strict=True))
 
     def number(when, c, slot):
         @pl.when(when)
         def _():
             mosaic.copy_in(numbers_in.at[row, c], vectors.at[slot], place["numbered"].at[slot])
-
-    def find(slot):
-        """Operands, whose addresses the compiler finds anew: kept, they would be spilled."""
-        only = mosaic.uniform(opaque_zero(vectors, slot), interpret)
-        found = {name: Pieces(place[name].at[only]) for name in places[:9]}
-        # B and Θ of the next chunk are copied to where M̄ and P̄ of this one have been read.
-        for name, other in (("weights", "of_means"), ("spreads", "of_covariances")):
-            found[name] = Pieces(place[name].at[slot + only])
-            found[other] = Pieces(place[name].at[1 - slot - only])
-        return SimpleNamespace(**found)
 
     number(share == 0, chunks - 1, 0)
     hand(share == 0, chunks - 1, 0)
@@ -647,11 +651,6 @@ def _recur(*refs, names, places, chunks, interpret):
             found = find(slot)
             mosaic.meet(place["met"], interpret)
             return found
-
-        def prefetch(ref):
-            @pl.when(copies)
-            def _():
-                mosaic.prefetch(ref, interpret)
 
         mosaic.barrier_wait(place["numbered"].at[slot])
         # Indices anew too: what is known of diagonals would be kept from before the loop.
@@ -750,9 +749,12 @@ def _recur(*refs, names, places, chunks, interpret):
         held = next_phase()
 
         def find_asked():
-            for ref in (of_value_in.at[row, before], of_joint_in.at[row, before]):
-                prefetch(ref)
-            prefetch(of_mean.at[row, pl.ds(before * CHUNK, CHUNK)])
+            @pl.when(copies)
+            def _():
+                for ref in (of_value_in, of_joint_in):
+                    mosaic.prefetch(ref.at[row, before], interpret)
+                mosaic.prefetch(of_mean.at[row, pl.ds(before * CHUNK, CHUNK)], interpret)
+
             return here.times(
                 (held.keys.T, held.spreads),
                 (held.spreads.T, held.keys),
