@@ -517,24 +517,13 @@ def recur(
     }
     if restores(numbers):
         out |= asked_of_kept(rows, time, WIDTH)
-    form = mosaic.operands_of(WIDTH // SHARES)
-
-    def operand(depth, turns=1):
-        return mosaic.SMEM((turns, depth, *SQUARE), jnp.bfloat16, transforms=form)
-
-    whole = "reads", "mean", "covariance", "of_values", "joints", "given", "squares"
-    scratch = {
-        **dict.fromkeys(("keys", "queries"), operand(depth)),
-        **dict.fromkeys(whole, operand(PIECES)),
-        **dict.fromkeys(TURNING, operand(PIECES, turns=2)),
-        "vectors": mosaic.SMEM((2, *numbers.shape[2:]), f32),
-        "numbered": mosaic.barrier(num_arrivals=1, num_barriers=2),
-        "handed": mosaic.barrier(num_arrivals=2 * PIECES),
-        "keys_there": mosaic.barrier(num_arrivals=depth + PIECES),
-        "queries_there": mosaic.barrier(num_arrivals=depth + PIECES),
-        "mean_there": mosaic.barrier(num_arrivals=PIECES),
-        "met": mosaic.barrier(num_arrivals=SHARES),
+    held = "reads", "mean", "covariance", "of_values", "joints", "given", "squares"
+    arrivals = {
+        "keys_there": depth + PIECES,
+        "queries_there": depth + PIECES,
+        "mean_there": PIECES,
     }
+    scratch = Memory.scratch(depth, numbers, held, arrivals)
     body = partial(_recur, names=tuple(out), places=tuple(scratch), chunks=chunks)
     run = mosaic.kernel(
         partial(body, interpret=interpret),
@@ -581,27 +570,81 @@ TURNING = {"weights": "of_means", "spreads": "of_covariances"}
 """B and Θ of the next chunk are copied to where M̄ and P̄ of this one have been read."""
 
 
-def operands(place, names, slot, interpret):
-    """Operands by name, whose addresses the compiler finds anew: kept, they would be spilled."""
-    only = mosaic.uniform(opaque_zero(place["vectors"], slot), interpret)
-    found = {name: Pieces(place[name].at[only]) for name in names}
-    for name, other in TURNING.items():
-        found[name] = Pieces(place[name].at[slot + only])
-        found[other] = Pieces(place[name].at[1 - slot - only])
-    return SimpleNamespace(**found)
+class Memory:
+    """Shared memory of a recursion through chunks, by name, and the copies to it.
 
-
-def bring(when, barrier, *copies):
-    """Start copies of matrices' pieces to shared memory, (from, to).
-
-    A few at a time: the copy engine takes some four, and who starts more stands still meanwhile.
+    A few matrices are copied at a time: the copy engine takes some four, and who starts more stands
+    still meanwhile.
     """
 
-    @pl.when(when)
-    def _():
-        for source, spot in copies:
-            for piece in range(spot.shape[0]):
-                mosaic.copy_in(source.at[piece], spot.at[piece], barrier)
+    @staticmethod
+    def scratch(depth, numbers, held, arrivals) -> dict[str, Any]:
+        """For keys and queries of `depth` pieces, further operands and groups of copies."""
+        form = mosaic.operands_of(WIDTH // SHARES)
+
+        def operand(depth, turns=1):
+            return mosaic.SMEM((turns, depth, *SQUARE), jnp.bfloat16, transforms=form)
+
+        return {
+            **dict.fromkeys(("keys", "queries"), operand(depth)),
+            **dict.fromkeys(held, operand(PIECES)),
+            **dict.fromkeys(TURNING, operand(PIECES, turns=2)),
+            "vectors": mosaic.SMEM((2, *numbers.shape[2:]), jnp.float32),
+            "numbered": mosaic.barrier(num_arrivals=1, num_barriers=2),
+            "handed": mosaic.barrier(num_arrivals=len(TURNING) * PIECES),
+            **{name: mosaic.barrier(num_arrivals=number) for name, number in arrivals.items()},
+            "met": mosaic.barrier(num_arrivals=SHARES),
+        }
+
+    def __init__(self, names, refs, interpret):
+        self.refs = dict(zip(names, refs, strict=True))
+        self.held = names[: names.index(next(iter(TURNING)))]
+        self.vectors = self.refs["vectors"]
+        self.interpret = interpret
+
+    def find(self, slot):
+        """Operands, whose addresses the compiler finds anew: kept, they would be spilled."""
+        only = mosaic.uniform(opaque_zero(self.vectors, slot), self.interpret)
+        found = {name: Pieces(self.refs[name].at[only]) for name in self.held}
+        for name, other in TURNING.items():
+            found[name] = Pieces(self.refs[name].at[slot + only])
+            found[other] = Pieces(self.refs[name].at[1 - slot - only])
+        return SimpleNamespace(**found)
+
+    def next_phase(self, slot):
+        """Operands, once all warpgroups have met."""
+        found = self.find(slot)
+        self.meet()
+        return found
+
+    def meet(self):
+        mosaic.meet(self.refs["met"], self.interpret)
+
+    def bring(self, when, group, *copies):
+        """Start a group's copies of matrices' pieces, (from, to)."""
+
+        @pl.when(when)
+        def _():
+            for source, spot in copies:
+                for piece in range(spot.shape[0]):
+                    mosaic.copy_in(source.at[piece], spot.at[piece], self.refs[group])
+
+    def hand(self, when, slot, *sources):
+        """Start copies of B and Θ."""
+        spots = (self.refs[name].at[slot] for name in TURNING)
+        self.bring(when, "handed", *zip(sources, spots, strict=True))
+
+    def number(self, when, slot, source):
+        @pl.when(when)
+        def _():
+            mosaic.copy_in(source, self.vectors.at[slot], self.refs["numbered"].at[slot])
+
+    def wait(self, group):
+        mosaic.barrier_wait(self.refs[group])
+
+    def wait_numbers(self, slot):
+        mosaic.barrier_wait(self.refs["numbered"].at[slot])
+        return numbers_of(self.vectors.at[slot])
 
 
 def _recur(*refs, names, places, chunks, interpret):
@@ -609,34 +652,18 @@ def _recur(*refs, names, places, chunks, interpret):
     of_value_in, of_joint_in, means_in, covariances_in = refs[7:11]
     of_last_mean, of_last_covariance = refs[11:13]
     out = dict(zip(names, refs[13 : 13 + len(names)], strict=True))
-    place = dict(zip(places, refs[13 + len(names) :], strict=True))
-    vectors = place["vectors"]
+    memory = Memory(places, refs[13 + len(names) :], interpret)
     row, share = lax.axis_index("row"), lax.axis_index("wg")
     own = Share(share, WIDTH // SHARES, interpret)
 
-    def find(slot):
-        return operands(place, places[:9], slot, interpret)
-
-    def hand(when, c, slot):
-        """Start copies of what a chunk wants first."""
-        spots = (place[name].at[slot] for name in TURNING)
-        sources = weights_in.at[row, c], spreads_in.at[row, c]
-        bring(when, place["handed"], *zip(sources, spots, strict=True))
-
-    def number(when, c, slot):
-        @pl.when(when)
-        def _():
-            mosaic.copy_in(numbers_in.at[row, c], vectors.at[slot], place["numbered"].at[slot])
-
-    number(share == 0, chunks - 1, 0)
-    hand(share == 0, chunks - 1, 0)
+    memory.number(share == 0, 0, numbers_in.at[row, chunks - 1])
+    memory.hand(share == 0, 0, weights_in.at[row, chunks - 1], spreads_in.at[row, chunks - 1])
 
     def chunk(step, carry):
         of_mean_end, of_covariance_end = carry
         c = chunks - 1 - step
         before = jnp.maximum(c - 1, 0)
         tokens, slot = pl.ds(c * CHUNK, CHUNK), lax.rem(step, 2)
-        numbers = numbers_of(vectors.at[slot])
         copies, copies_next = share == 0, jnp.logical_and(share == 0, c > 0)
 
         def leave(name, matrix):
@@ -647,18 +674,13 @@ def _recur(*refs, names, places, chunks, interpret):
             at = c if len(out[name].shape) == 4 else tokens
             out[name].at[row, share, at][...] = jnp.sum(matrix, axis=1)
 
-        def next_phase():
-            found = find(slot)
-            mosaic.meet(place["met"], interpret)
-            return found
-
-        mosaic.barrier_wait(place["numbered"].at[slot])
+        numbers = memory.wait_numbers(slot)
         # Indices anew too: what is known of diagonals would be kept from before the loop.
-        here = Share(share + opaque_zero(vectors, slot), WIDTH // SHARES, interpret)
-        held = find(slot)
-        bring(
+        here = Share(share + opaque_zero(memory.vectors, slot), WIDTH // SHARES, interpret)
+        held = memory.find(slot)
+        memory.bring(
             copies,
-            place["keys_there"],
+            "keys_there",
             (covariances_in.at[row, c], held.covariance.ref),
             (key.at[row, :, tokens], held.keys.ref),
         )
@@ -670,15 +692,15 @@ def _recur(*refs, names, places, chunks, interpret):
             through = through * jnp.exp(numbers.faded[CHUNK - 1])
         here.put(held.of_means.ref, of_mean_end)
         here.put(held.of_covariances.ref, of_covariance_end)
-        mosaic.barrier_wait(place["handed"])
-        held = next_phase()
+        memory.wait("handed")
+        held = memory.next_phase(slot)
         of_value = here.load(of_value_in.at[row, c])
         cotangent = here.load(of_mean.at[row, tokens])
 
         def find_spread():
-            bring(
+            memory.bring(
                 copies,
-                place["queries_there"],
+                "queries_there",
                 (query.at[row, :, tokens], held.queries.ref),
                 (reads_in.at[row, c], held.reads.ref),
             )
@@ -697,12 +719,12 @@ def _recur(*refs, names, places, chunks, interpret):
         leave("value", of_value)
         here.put(held.of_values.ref, -fade * of_value)
         of_tied = here.along(numbers.end) * (guided - 2 * spread)
-        held = next_phase()
+        held = memory.next_phase(slot)
         of_joint = here.load(of_joint_in.at[row, c])
 
         def bring_mean():
-            bring(copies, place["mean_there"], (means_in.at[row, c], held.mean.ref))
-            number(copies_next, before, 1 - slot)
+            memory.bring(copies, "mean_there", (means_in.at[row, c], held.mean.ref))
+            memory.number(copies_next, 1 - slot, numbers_in.at[row, before])
 
         if numbers.faded is None:
             between, _ = here.beside(
@@ -712,7 +734,7 @@ def _recur(*refs, names, places, chunks, interpret):
             between, _ = here.beside(bring_mean, (held.squares, held.weights.T))
             between = here.lasting(numbers) * between
             between = between + here.times((held.weights, held.squares.T))
-        mosaic.barrier_wait(place["keys_there"])
+        memory.wait("keys_there")
 
         def leave_joint():
             joint = of_joint - here.halved(between) * here.ratios(numbers)
@@ -722,11 +744,12 @@ def _recur(*refs, names, places, chunks, interpret):
 
         carried, plain_key = here.beside(leave_joint, (held.keys, held.covariance))
         tied = since * carried + added * plain_key
-        held = next_phase()
-        mosaic.barrier_wait(place["queries_there"])
+        held = memory.next_phase(slot)
+        memory.wait("queries_there")
 
         def leave_tied():
-            hand(copies_next, before, 1 - slot)
+            following = weights_in.at[row, before], spreads_in.at[row, before]
+            memory.hand(copies_next, 1 - slot, *following)
             here.put(held.weights.ref, tied)
             return here.plain(held.queries.ref)
 
@@ -746,7 +769,7 @@ def _recur(*refs, names, places, chunks, interpret):
             leave("tied", of_tied)
             leave_sum("entered", carried * of_tied + of_read_variance * seen * plain_query)
         unread = since * seen + added * plain_query
-        held = next_phase()
+        held = memory.next_phase(slot)
 
         def find_asked():
             @pl.when(copies)
@@ -765,7 +788,7 @@ def _recur(*refs, names, places, chunks, interpret):
             find_asked, (held.of_values.T, held.keys), (held.given.T, held.queries)
         )
         of_mean_start = kept * of_mean_end + of_mean_start
-        mosaic.barrier_wait(place["mean_there"])
+        memory.wait("mean_there")
 
         def find_start():
             of_covariance_start = through * of_covariance_end + 0.5 * doubled
@@ -792,7 +815,7 @@ def _recur(*refs, names, places, chunks, interpret):
         of_query = 2 * of_read_variance * unread + of_query
         leave("query", of_query)
         leave_sum("moved", moved + plain_query * of_query)
-        mosaic.meet(place["met"], interpret)
+        memory.meet()
         return of_mean_start, of_covariance_start
 
     start = own.load(of_last_mean.at[row]), own.load(of_last_covariance.at[row])

@@ -15,17 +15,7 @@ from jaxtyping import Array, Float
 
 from . import mosaic
 from .forward import CHUNK, WIDTH
-from .reverse import (
-    PIECES,
-    SHARES,
-    SQUARE,
-    TURNING,
-    Share,
-    bring,
-    numbers_of,
-    opaque_zero,
-    operands,
-)
+from .reverse import PIECES, SHARES, Memory, Share, opaque_zero
 
 States = Float[Array, "row key key"]
 
@@ -54,21 +44,8 @@ def sweep(
         interpret: whether to run the kernel's simulation on a CPU.
     """
     rows, depth, time, _ = key.shape
-    form = mosaic.operands_of(WIDTH // SHARES)
-
-    def operand(depth, turns=1):
-        return mosaic.SMEM((turns, depth, *SQUARE), jnp.bfloat16, transforms=form)
-
-    scratch = {
-        **dict.fromkeys(("keys", "queries"), operand(depth)),
-        **dict.fromkeys(("reads", "of_values", "joints", "given", "squares"), operand(PIECES)),
-        **dict.fromkeys(TURNING, operand(PIECES, turns=2)),
-        "vectors": mosaic.SMEM((2, *numbers.shape[2:]), jnp.float32),
-        "numbered": mosaic.barrier(num_arrivals=1, num_barriers=2),
-        "handed": mosaic.barrier(num_arrivals=2 * PIECES),
-        "tokens_there": mosaic.barrier(num_arrivals=2 * depth + PIECES),
-        "met": mosaic.barrier(num_arrivals=SHARES),
-    }
+    held = "reads", "of_values", "joints", "given", "squares"
+    scratch = Memory.scratch(depth, numbers, held, {"tokens_there": 2 * depth + PIECES})
     body = partial(_sweep, places=tuple(scratch), chunks=time // CHUNK)
     run = mosaic.kernel(
         partial(body, interpret=interpret),
@@ -89,58 +66,37 @@ def _sweep(*refs, places, chunks, interpret):
     key, query, of_mean, numbers_in, weights_in, spreads_in, reads_in = refs[:7]
     of_value_in, of_joint_in, of_last_mean, of_last_covariance = refs[7:11]
     first_mean, first_covariance = refs[11:13]
-    place = dict(zip(places, refs[13:], strict=True))
-    vectors = place["vectors"]
+    memory = Memory(places, refs[13:], interpret)
     row, share = lax.axis_index("row"), lax.axis_index("wg")
     own = Share(share, WIDTH // SHARES, interpret)
 
-    def find(slot):
-        return operands(place, places[:7], slot, interpret)
-
-    def hand(when, c, slot):
-        """Start copies of what a chunk wants first."""
-        spots = (place[name].at[slot] for name in TURNING)
-        sources = weights_in.at[row, c], spreads_in.at[row, c]
-        bring(when, place["handed"], *zip(sources, spots, strict=True))
-
-    def number(when, c, slot):
-        @pl.when(when)
-        def _():
-            mosaic.copy_in(numbers_in.at[row, c], vectors.at[slot], place["numbered"].at[slot])
-
-    number(share == 0, chunks - 1, 0)
-    hand(share == 0, chunks - 1, 0)
+    memory.number(share == 0, 0, numbers_in.at[row, chunks - 1])
+    memory.hand(share == 0, 0, weights_in.at[row, chunks - 1], spreads_in.at[row, chunks - 1])
 
     def chunk(step, carry):
         of_mean_end, of_covariance_end = carry
         c = chunks - 1 - step
         before = jnp.maximum(c - 1, 0)
         tokens, slot = pl.ds(c * CHUNK, CHUNK), lax.rem(step, 2)
-        numbers = numbers_of(vectors.at[slot])
         copies, copies_next = share == 0, jnp.logical_and(share == 0, c > 0)
 
-        def next_phase():
-            found = find(slot)
-            mosaic.meet(place["met"], interpret)
-            return found
-
-        mosaic.barrier_wait(place["numbered"].at[slot])
-        here = Share(share + opaque_zero(vectors, slot), WIDTH // SHARES, interpret)
-        held = find(slot)
-        bring(copies, place["tokens_there"], (key.at[row, :, tokens], held.keys.ref))
+        numbers = memory.wait_numbers(slot)
+        here = Share(share + opaque_zero(memory.vectors, slot), WIDTH // SHARES, interpret)
+        held = memory.find(slot)
+        memory.bring(copies, "tokens_there", (key.at[row, :, tokens], held.keys.ref))
         fade, since = here.along(numbers.alpha), here.since(numbers)
         kept = numbers.alpha[CHUNK - 1]
         here.put(held.of_means.ref, of_mean_end)
         here.put(held.of_covariances.ref, of_covariance_end)
-        mosaic.barrier_wait(place["handed"])
-        held = next_phase()
+        memory.wait("handed")
+        held = memory.next_phase(slot)
         of_value = here.load(of_value_in.at[row, c])
         cotangent = here.load(of_mean.at[row, tokens])
 
         def find_spread():
-            bring(
+            memory.bring(
                 copies,
-                place["tokens_there"],
+                "tokens_there",
                 (query.at[row, :, tokens], held.queries.ref),
                 (reads_in.at[row, c], held.reads.ref),
             )
@@ -155,22 +111,23 @@ def _sweep(*refs, places, chunks, interpret):
         explained, _ = here.beside(leave_square, (held.weights, held.of_means.T))
         here.put(held.of_values.ref, -fade * (of_value + explained))
         of_tied = here.along(numbers.end) * (guided - 2 * spread)
-        held = next_phase()
+        held = memory.next_phase(slot)
         of_joint = here.load(of_joint_in.at[row, c])
 
         def find_ratios():
-            number(copies_next, before, 1 - slot)
+            memory.number(copies_next, 1 - slot, numbers_in.at[row, before])
             return here.ratios(numbers)
 
         between, ratios = here.beside(
             find_ratios, (held.squares, held.weights.T), (held.weights, held.squares.T)
         )
         here.put(held.joints.ref, of_joint - here.halved(between) * ratios)
-        mosaic.barrier_wait(place["tokens_there"])
-        held = next_phase()
+        memory.wait("tokens_there")
+        held = memory.next_phase(slot)
 
         def leave_asked():
-            hand(copies_next, before, 1 - slot)
+            following = weights_in.at[row, before], spreads_in.at[row, before]
+            memory.hand(copies_next, 1 - slot, *following)
             asked = 2 * since * here.along(numbers.of_variance) * here.plain(held.queries.ref)
             here.put(held.squares.ref, asked)
 
@@ -178,7 +135,7 @@ def _sweep(*refs, places, chunks, interpret):
             leave_asked, (held.joints.T, held.keys), (held.reads.T, held.queries)
         )
         here.put(held.spreads.ref, since * (of_tied + asked))
-        held = next_phase()
+        held = memory.next_phase(slot)
 
         def find_asked():
             @pl.when(copies)
@@ -196,7 +153,7 @@ def _sweep(*refs, places, chunks, interpret):
         of_mean_start, doubled = here.beside(
             find_asked, (held.of_values.T, held.keys), (held.given.T, held.queries)
         )
-        mosaic.meet(place["met"], interpret)
+        memory.meet()
         of_covariance_start = kept * kept * of_covariance_end + 0.5 * doubled
         return kept * of_mean_end + of_mean_start, of_covariance_start
 
