@@ -63,6 +63,11 @@ there are multiprocessors, `recur` one a head. Between them pass five such matri
 a token. Keys of 128 make those with a column a key 64 × 128, and P 128 × 128: `local` shares them
 likewise, and `kernels.wide` has the recursion.
 
+`recur` copies what a chunk wants in groups of three or four, each a phase or more ahead: B and Θ in
+the chunk before, where M̄ and P̄ lay there until its first products had read them; keys and P at its
+start, queries and read-outs' cotangents beside its first products, M beside the next ones. What
+goes to registers is loaded before products and used after them.
+
 Source: the derivative of a Cholesky factor, Murray (2016), arXiv 1602.07527; values and gradients
 are compared with the filter token by token in tests/test_kernels.py.
 """

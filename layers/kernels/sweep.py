@@ -79,7 +79,6 @@ def _sweep(*refs, places, chunks, interpret):
         before = jnp.maximum(c - 1, 0)
         tokens, slot = pl.ds(c * CHUNK, CHUNK), lax.rem(step, 2)
         copies, copies_next = share == 0, jnp.logical_and(share == 0, c > 0)
-
         numbers = memory.wait_numbers(slot)
         here = Share(share + opaque_zero(memory.vectors, slot), WIDTH // SHARES, interpret)
         held = memory.find(slot)

@@ -13,7 +13,8 @@ float32, two bfloat16 pieces each, so that five places are used more than once:
 | `small` | 16 | Θ; Ḡ; −α V̄ |
 | `reads` | 16 | cotangent of read-outs times ρ; α Ȳ |
 
-beside 64 kB for keys and queries, 32 in bfloat16. States are copied once their places are free.
+beside 64 kB for keys and queries, 32 in bfloat16, which are copied beside a chunk's first product.
+States are copied once their places are free.
 """
 
 from functools import partial
