@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import FragmentedArray
 from jax.experimental.mosaic.gpu import utils as mosaic_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh
@@ -133,6 +134,28 @@ def _meet(ctx):
     del ctx
     nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
     gpu.barrier()
+
+
+def uniform(number: jax.Array, interpret: bool) -> jax.Array:
+    """An int32 that all threads share, which the compiler then knows.
+
+    What is indexed by it has its addresses found once a warp, not by every thread.
+    """
+    return number if interpret else _uniform(number)  # pyright: ignore[reportCallIssue]
+
+
+_SCALAR: Any = plgpu.Layout.WG_SPLAT(())
+
+
+@plgpu.inline_mgpu(
+    arg_types=(_SCALAR,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR)
+)
+def _uniform(ctx, number):
+    del ctx
+    i32 = ir.IntegerType.get_signless(32)
+    every, lane, clamp = (arith.constant(i32, word) for word in (0xFFFFFFFF, 0, 0x1F))
+    shared = nvvm.shfl_sync(every, number.registers.item(), lane, clamp, nvvm.ShflKind.idx)
+    return FragmentedArray.splat(shared, (), is_signed=number.is_signed)
 
 
 def prefetch(ref, interpret: bool):

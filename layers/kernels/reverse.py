@@ -66,11 +66,17 @@ and joined by the warpgroup that has their columns. Keys of 128 make what has a 
 64 × 128, and P 128 × 128: `local` shares them likewise, but loads rows from global memory, and
 `kernels.wide` has the recursion.
 
+`recur` copies what a chunk wants in groups of three or four, each a phase or more ahead: B and Θ in
+the chunk before, where M̄ and P̄ lay there until its first products had read them; keys and P at its
+start, queries and read-outs' cotangents beside its first products, M beside the next ones. What
+goes to registers is loaded before products and used after them.
+
 Source: the derivative of a Cholesky factor, Murray (2016), arXiv 1602.07527; values and gradients
 are compared with the filter token by token in tests/test_kernels.py.
 """
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -559,24 +565,13 @@ def recur(
     }
     if restores(numbers):
         out |= asked_of_kept(rows, time, WIDTH)
-    form = mosaic.operands_of(WIDTH // SHARES)
-
-    def operand(depth, turns=1):
-        return mosaic.SMEM((turns, depth, *SQUARE), jnp.bfloat16, transforms=form)
-
-    own = "reads", "mean", "covariance", "of_values", "joints", "given", "squares"
-    scratch = {
-        **dict.fromkeys(("keys", "queries"), operand(depth)),
-        **dict.fromkeys(own, operand(PIECES)),
-        **dict.fromkeys(("weights", "spreads"), operand(PIECES, turns=2)),
-        "vectors": mosaic.SMEM((2, *numbers.shape[2:]), f32),
-        "numbered": mosaic.barrier(num_arrivals=1, num_barriers=2),
-        "handed": mosaic.barrier(num_arrivals=2 * PIECES),
-        "keys_there": mosaic.barrier(num_arrivals=depth + PIECES),
-        "queries_there": mosaic.barrier(num_arrivals=depth + PIECES),
-        "mean_there": mosaic.barrier(num_arrivals=PIECES),
-        "met": mosaic.barrier(num_arrivals=SHARES),
+    held = "reads", "mean", "covariance", "of_values", "joints", "given", "squares"
+    arrivals = {
+        "keys_there": depth + PIECES,
+        "queries_there": depth + PIECES,
+        "mean_there": PIECES,
     }
+    scratch = Memory.scratch(depth, numbers, held, arrivals)
     body = partial(_recur, names=tuple(out), places=tuple(scratch), chunks=chunks)
     run = mosaic.kernel(
         partial(body, interpret=interpret),
@@ -619,17 +614,85 @@ def joined(found: dict[str, Array]) -> dict[str, Array]:
     return found | {name: found[name].sum(axis=1) for name in shared}
 
 
-def bring(when, barrier, *copies):
-    """Start copies of matrices' pieces to shared memory, (from, to).
+TURNING = {"weights": "of_means", "spreads": "of_covariances"}
+"""B and Θ of the next chunk are copied to where M̄ and P̄ of this one have been read."""
 
-    A few at a time: the copy engine takes some four, and who starts more stands still meanwhile.
+
+class Memory:
+    """Shared memory of a recursion through chunks, by name, and the copies to it.
+
+    A few matrices are copied at a time: the copy engine takes some four, and who starts more stands
+    still meanwhile.
     """
 
-    @pl.when(when)
-    def _():
-        for source, place in copies:
-            for piece in range(place.shape[0]):
-                mosaic.copy_in(source.at[piece], place.at[piece], barrier)
+    @staticmethod
+    def scratch(depth, numbers, held, arrivals) -> dict[str, Any]:
+        """For keys and queries of `depth` pieces, further operands and groups of copies."""
+        form = mosaic.operands_of(WIDTH // SHARES)
+
+        def operand(depth, turns=1):
+            return mosaic.SMEM((turns, depth, *SQUARE), jnp.bfloat16, transforms=form)
+
+        return {
+            **dict.fromkeys(("keys", "queries"), operand(depth)),
+            **dict.fromkeys(held, operand(PIECES)),
+            **dict.fromkeys(TURNING, operand(PIECES, turns=2)),
+            "vectors": mosaic.SMEM((2, *numbers.shape[2:]), jnp.float32),
+            "numbered": mosaic.barrier(num_arrivals=1, num_barriers=2),
+            "handed": mosaic.barrier(num_arrivals=len(TURNING) * PIECES),
+            **{name: mosaic.barrier(num_arrivals=number) for name, number in arrivals.items()},
+            "met": mosaic.barrier(num_arrivals=SHARES),
+        }
+
+    def __init__(self, names, refs, interpret):
+        self.refs = dict(zip(names, refs, strict=True))
+        self.held = names[: names.index(next(iter(TURNING)))]
+        self.vectors = self.refs["vectors"]
+        self.interpret = interpret
+
+    def find(self, slot):
+        """Operands, whose addresses the compiler finds anew: kept, they would be spilled."""
+        only = mosaic.uniform(opaque_zero(self.vectors, slot), self.interpret)
+        found = {name: Pieces(self.refs[name].at[only]) for name in self.held}
+        for name, other in TURNING.items():
+            found[name] = Pieces(self.refs[name].at[slot + only])
+            found[other] = Pieces(self.refs[name].at[1 - slot - only])
+        return SimpleNamespace(**found)
+
+    def next_phase(self, slot):
+        """Operands, once all warpgroups have met."""
+        found = self.find(slot)
+        self.meet()
+        return found
+
+    def meet(self):
+        mosaic.meet(self.refs["met"], self.interpret)
+
+    def bring(self, when, group, *copies):
+        """Start a group's copies of matrices' pieces, (from, to)."""
+
+        @pl.when(when)
+        def _():
+            for source, spot in copies:
+                for piece in range(spot.shape[0]):
+                    mosaic.copy_in(source.at[piece], spot.at[piece], self.refs[group])
+
+    def hand(self, when, slot, *sources):
+        """Start copies of B and Θ."""
+        spots = (self.refs[name].at[slot] for name in TURNING)
+        self.bring(when, "handed", *zip(sources, spots, strict=True))
+
+    def number(self, when, slot, source):
+        @pl.when(when)
+        def _():
+            mosaic.copy_in(source, self.vectors.at[slot], self.refs["numbered"].at[slot])
+
+    def wait(self, group):
+        mosaic.barrier_wait(self.refs[group])
+
+    def wait_numbers(self, slot):
+        mosaic.barrier_wait(self.refs["numbered"].at[slot])
+        return numbers_of(self.vectors.at[slot])
 
 
 def _recur(*refs, names, places, chunks, interpret):
@@ -637,34 +700,18 @@ def _recur(*refs, names, places, chunks, interpret):
     of_value_in, of_joint_in, means_in, covariances_in = refs[7:11]
     of_last_mean, of_last_covariance = refs[11:13]
     out = dict(zip(names, refs[13 : 13 + len(names)], strict=True))
-    place = dict(zip(places, refs[13 + len(names) :], strict=True))
-    vectors = place["vectors"]
+    memory = Memory(places, refs[13 + len(names) :], interpret)
     row, share = lax.axis_index("row"), lax.axis_index("wg")
-    here = Share(share, WIDTH // SHARES, interpret)
+    own = Share(share, WIDTH // SHARES, interpret)
 
-    def hand(when, c, slot):
-        """Start copies of what a chunk wants at once."""
-        bring(
-            when,
-            place["handed"],
-            (weights_in.at[row, c], place["weights"].at[slot]),
-            (spreads_in.at[row, c], place["spreads"].at[slot]),
-        )
-
-    def number(when, c, slot):
-        @pl.when(when)
-        def _():
-            mosaic.copy_in(numbers_in.at[row, c], vectors.at[slot], place["numbered"].at[slot])
-
-    number(share == 0, chunks - 1, 0)
-    hand(share == 0, chunks - 1, 0)
+    memory.number(share == 0, 0, numbers_in.at[row, chunks - 1])
+    memory.hand(share == 0, 0, weights_in.at[row, chunks - 1], spreads_in.at[row, chunks - 1])
 
     def chunk(step, carry):
         of_mean_end, of_covariance_end = carry
         c = chunks - 1 - step
         before = jnp.maximum(c - 1, 0)
         tokens, slot = pl.ds(c * CHUNK, CHUNK), lax.rem(step, 2)
-        numbers = numbers_of(vectors.at[slot])
         copies, copies_next = share == 0, jnp.logical_and(share == 0, c > 0)
 
         def leave(name, matrix):
@@ -675,26 +722,15 @@ def _recur(*refs, names, places, chunks, interpret):
             at = c if len(out[name].shape) == 4 else tokens
             out[name].at[row, share, at][...] = jnp.sum(matrix, axis=1)
 
-        def prefetch(ref):
-            @pl.when(copies)
-            def _():
-                mosaic.prefetch(ref, interpret)
-
-        mosaic.barrier_wait(place["numbered"].at[slot])
-        only = opaque_zero(vectors, slot)
-        keys, queries, reads, mean, covariance, of_values, joints, given, squares = (
-            Pieces(place[name].at[only]) for name in places[:9]
-        )
-        # B and Θ of the next chunk are copied to where M̄ and P̄ of this one have been read.
-        (weights, of_means), (spreads, of_covariances) = (
-            [Pieces(place[name].at[turn]) for turn in (slot, 1 - slot)]
-            for name in ("weights", "spreads")
-        )
-        bring(
+        numbers = memory.wait_numbers(slot)
+        # Indices anew too: what is known of diagonals would be kept from before the loop.
+        here = Share(share + opaque_zero(memory.vectors, slot), WIDTH // SHARES, interpret)
+        held = memory.find(slot)
+        memory.bring(
             copies,
-            place["keys_there"],
-            (covariances_in.at[row, c], covariance.ref),
-            (key.at[row, :, tokens], keys.ref),
+            "keys_there",
+            (covariances_in.at[row, c], held.covariance.ref),
+            (key.at[row, :, tokens], held.keys.ref),
         )
         fade, added = here.along(numbers.alpha), here.along(numbers.drift)
         since, kept = here.since(numbers), numbers.alpha[CHUNK - 1]
@@ -702,91 +738,118 @@ def _recur(*refs, names, places, chunks, interpret):
         if numbers.faded is not None:
             out["ends"].at[row, c, :, here.columns][...] = of_covariance_end
             through = through * jnp.exp(numbers.faded[CHUNK - 1])
-        here.put(of_means.ref, of_mean_end)
-        here.put(of_covariances.ref, of_covariance_end)
-        mosaic.barrier_wait(place["handed"])
-        mosaic.meet(place["met"], interpret)
+        here.put(held.of_means.ref, of_mean_end)
+        here.put(held.of_covariances.ref, of_covariance_end)
+        memory.wait("handed")
+        held = memory.next_phase(slot)
         of_value = here.load(of_value_in.at[row, c])
         cotangent = here.load(of_mean.at[row, tokens])
-        bring(
-            copies,
-            place["queries_there"],
-            (query.at[row, :, tokens], queries.ref),
-            (reads_in.at[row, c], reads.ref),
-        )
-        guided = here.times((spreads, of_means))
-        spread = here.times((weights, of_covariances))
+
+        def find_spread():
+            memory.bring(
+                copies,
+                "queries_there",
+                (query.at[row, :, tokens], held.queries.ref),
+                (reads_in.at[row, c], held.reads.ref),
+            )
+            return here.times((held.weights, held.of_covariances))
+
+        guided, spread = here.beside(find_spread, (held.spreads, held.of_means))
         if numbers.faded is not None:
             spread = spread * here.until(numbers)
 
         def leave_square():
-            here.put(squares.ref, guided - spread)
-            here.put(given.ref, fade * cotangent)
+            here.put(held.squares.ref, guided - spread)
+            here.put(held.given.ref, fade * cotangent)
 
-        explained, _ = here.beside(leave_square, (weights, of_means.T))
+        explained, _ = here.beside(leave_square, (held.weights, held.of_means.T))
         of_value = of_value + explained
         leave("value", of_value)
-        here.put(of_values.ref, -fade * of_value)
+        here.put(held.of_values.ref, -fade * of_value)
         of_tied = here.along(numbers.end) * (guided - 2 * spread)
-        mosaic.meet(place["met"], interpret)
+        held = memory.next_phase(slot)
         of_joint = here.load(of_joint_in.at[row, c])
-        bring(copies, place["mean_there"], (means_in.at[row, c], mean.ref))
-        number(copies_next, before, 1 - slot)
+
+        def bring_mean():
+            memory.bring(copies, "mean_there", (means_in.at[row, c], held.mean.ref))
+            memory.number(copies_next, 1 - slot, numbers_in.at[row, before])
+
         if numbers.faded is None:
-            between = here.times((squares, weights.T), (weights, squares.T))
+            between, _ = here.beside(
+                bring_mean, (held.squares, held.weights.T), (held.weights, held.squares.T)
+            )
         else:
-            between = here.lasting(numbers) * here.times((squares, weights.T))
-            between = between + here.times((weights, squares.T))
-        mosaic.barrier_wait(place["keys_there"])
+            between, _ = here.beside(bring_mean, (held.squares, held.weights.T))
+            between = here.lasting(numbers) * between
+            between = between + here.times((held.weights, held.squares.T))
+        memory.wait("keys_there")
 
         def leave_joint():
             joint = of_joint - here.halved(between) * here.ratios(numbers)
             leave_sum("noise", here.diagonal(joint))
-            here.put(joints.ref, joint)
-            return here.plain(keys.ref)
+            here.put(held.joints.ref, joint)
+            return here.plain(held.keys.ref)
 
-        carried, plain_key = here.beside(leave_joint, (keys, covariance))
+        carried, plain_key = here.beside(leave_joint, (held.keys, held.covariance))
         tied = since * carried + added * plain_key
-        mosaic.meet(place["met"], interpret)
-        hand(copies_next, before, 1 - slot)
-        mosaic.barrier_wait(place["queries_there"])
+        held = memory.next_phase(slot)
+        memory.wait("queries_there")
 
         def leave_tied():
-            here.put(weights.ref, tied)
-            return here.plain(queries.ref)
+            following = weights_in.at[row, before], spreads_in.at[row, before]
+            memory.hand(copies_next, 1 - slot, *following)
+            here.put(held.weights.ref, tied)
+            return here.plain(held.queries.ref)
 
-        asked, plain_query = here.beside(leave_tied, (joints.T, keys), (reads.T, queries))
+        asked, plain_query = here.beside(
+            leave_tied, (held.joints.T, held.keys), (held.reads.T, held.queries)
+        )
         of_tied = of_tied + asked
         of_read_variance = here.along(numbers.of_variance)
 
         def leave_asked():
             leave_sum("drift", plain_key * of_tied + of_read_variance * plain_query * plain_query)
-            here.put(spreads.ref, since * of_tied)
-            here.put(squares.ref, since * of_read_variance * plain_query)
+            here.put(held.spreads.ref, since * of_tied)
+            here.put(held.squares.ref, 2 * since * of_read_variance * plain_query)
 
-        seen, _ = here.beside(leave_asked, (queries, covariance))
+        seen, _ = here.beside(leave_asked, (held.queries, held.covariance))
         if numbers.faded is not None:
             leave("tied", of_tied)
             leave_sum("entered", carried * of_tied + of_read_variance * seen * plain_query)
         unread = since * seen + added * plain_query
-        mosaic.meet(place["met"], interpret)
-        prefetch(of_value_in.at[row, before])
-        of_mean_start = kept * of_mean_end + here.times((of_values.T, keys), (given.T, queries))
-        prefetch(of_mean.at[row, pl.ds(before * CHUNK, CHUNK)])
-        crossed = here.times((keys.T, spreads), (spreads.T, keys))
-        prefetch(of_joint_in.at[row, before])
-        squared = here.times((queries.T, squares))
-        mosaic.barrier_wait(place["mean_there"])
+        held = memory.next_phase(slot)
+
+        def find_asked():
+            @pl.when(copies)
+            def _():
+                for ref in (of_value_in, of_joint_in):
+                    mosaic.prefetch(ref.at[row, before], interpret)
+                mosaic.prefetch(of_mean.at[row, pl.ds(before * CHUNK, CHUNK)], interpret)
+
+            return here.times(
+                (held.keys.T, held.spreads),
+                (held.spreads.T, held.keys),
+                (held.queries.T, held.squares),
+            )
+
+        of_mean_start, doubled = here.beside(
+            find_asked, (held.of_values.T, held.keys), (held.given.T, held.queries)
+        )
+        of_mean_start = kept * of_mean_end + of_mean_start
+        memory.wait("mean_there")
 
         def find_start():
-            of_covariance_start = through * of_covariance_end + 0.5 * crossed + squared
-            scale = here.plain(mean.ref) * of_mean_start
-            leave_sum("scale", scale + 2 * here.plain(covariance.ref) * of_covariance_start)
+            of_covariance_start = through * of_covariance_end + 0.5 * doubled
+            scale = here.plain(held.mean.ref) * of_mean_start
+            leave_sum("scale", scale + 2 * here.plain(held.covariance.ref) * of_covariance_start)
             leave_sum("trace", here.diagonal(of_covariance_start))
             return of_covariance_start
 
         of_key, of_covariance_start = here.beside(
-            find_start, (joints, weights), (spreads, covariance), (of_values, mean)
+            find_start,
+            (held.joints, held.weights),
+            (held.spreads, held.covariance),
+            (held.of_values, held.mean),
         )
 
         def leave_key():
@@ -794,14 +857,16 @@ def _recur(*refs, names, places, chunks, interpret):
             leave("key", whole)
             return plain_key * whole
 
-        of_query, moved = here.beside(leave_key, (reads, weights), (given, mean))
+        of_query, moved = here.beside(
+            leave_key, (held.reads, held.weights), (held.given, held.mean)
+        )
         of_query = 2 * of_read_variance * unread + of_query
         leave("query", of_query)
         leave_sum("moved", moved + plain_query * of_query)
-        mosaic.meet(place["met"], interpret)
+        memory.meet()
         return of_mean_start, of_covariance_start
 
-    start = here.load(of_last_mean.at[row]), here.load(of_last_covariance.at[row])
+    start = own.load(of_last_mean.at[row]), own.load(of_last_covariance.at[row])
     first_mean, first_covariance = lax.fori_loop(0, chunks, chunk, start)
-    out["first_mean"].at[row, :, here.columns][...] = first_mean
-    out["first_covariance"].at[row, :, here.columns][...] = first_covariance
+    out["first_mean"].at[row, :, own.columns][...] = first_mean
+    out["first_covariance"].at[row, :, own.columns][...] = first_covariance

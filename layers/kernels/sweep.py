@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from . import mosaic
 from .forward import CHUNK, WIDTH
-from .reverse import PIECES, SHARES, SQUARE, Pieces, Share, numbers_of, opaque_zero
+from .reverse import PIECES, SHARES, Memory, Share, opaque_zero
 
 States = Float[Array, "row key key"]
 
@@ -44,23 +44,14 @@ def sweep(
         interpret: whether to run the kernel's simulation on a CPU.
     """
     rows, depth, time, _ = key.shape
-    form = mosaic.operands_of(WIDTH // SHARES)
-    operand = mosaic.SMEM((1, PIECES, *SQUARE), jnp.bfloat16, transforms=form)
-    given = mosaic.SMEM((1, depth, *SQUARE), jnp.bfloat16, transforms=form)
+    held = "reads", "of_values", "joints", "given", "squares"
+    scratch = Memory.scratch(depth, numbers, held, {"tokens_there": 2 * depth + PIECES})
+    body = partial(_sweep, places=tuple(scratch), chunks=time // CHUNK)
     run = mosaic.kernel(
-        partial(_sweep, chunks=time // CHUNK, interpret=interpret),
+        partial(body, interpret=interpret),
         [jax.ShapeDtypeStruct((rows, WIDTH, WIDTH), jnp.float32)] * 2,
         {"row": rows},
-        [
-            given,
-            given,
-            *[operand] * 9,
-            mosaic.SMEM((2, *numbers.shape[2:]), jnp.float32),
-            mosaic.barrier(num_arrivals=2 * depth + PIECES),
-            mosaic.barrier(num_arrivals=2 * PIECES),
-            mosaic.barrier(num_arrivals=1, num_barriers=2),
-            mosaic.barrier(num_arrivals=SHARES),
-        ],
+        list(scratch.values()),
         SHARES,
         interpret,
         reduction_bytes=16,
@@ -71,83 +62,101 @@ def sweep(
     return first_mean, first_covariance
 
 
-def _sweep(*refs, chunks, interpret):
-    key, query, of_mean, numbers_in = refs[:4]
-    pieced, (of_value_in, of_joint_in) = refs[4:7], refs[7:9]
-    of_last_mean, of_last_covariance, first_mean, first_covariance = refs[9:13]
-    *buffers, vectors, arrived, handed, numbered, met = refs[13:]
+def _sweep(*refs, places, chunks, interpret):
+    key, query, of_mean, numbers_in, weights_in, spreads_in, reads_in = refs[:7]
+    of_value_in, of_joint_in, of_last_mean, of_last_covariance = refs[7:11]
+    first_mean, first_covariance = refs[11:13]
+    memory = Memory(places, refs[13:], interpret)
     row, share = lax.axis_index("row"), lax.axis_index("wg")
-    here = Share(share, WIDTH // SHARES, interpret)
+    own = Share(share, WIDTH // SHARES, interpret)
 
-    def fetch_numbers(c, slot):
-        mosaic.copy_in(numbers_in.at[row, c], vectors.at[slot], numbered.at[slot])
-
-    @pl.when(share == 0)
-    def _():
-        fetch_numbers(chunks - 1, 0)
+    memory.number(share == 0, 0, numbers_in.at[row, chunks - 1])
+    memory.hand(share == 0, 0, weights_in.at[row, chunks - 1], spreads_in.at[row, chunks - 1])
 
     def chunk(step, carry):
         of_mean_end, of_covariance_end = carry
         c = chunks - 1 - step
+        before = jnp.maximum(c - 1, 0)
         tokens, slot = pl.ds(c * CHUNK, CHUNK), lax.rem(step, 2)
-        numbers = numbers_of(vectors.at[slot])
-
-        @pl.when(share == 0)
-        def _():
-            barriers = handed, handed, arrived
-            for source, target, barrier in zip(pieced, buffers[2:5], barriers, strict=True):
-                for piece in range(PIECES):
-                    mosaic.copy_in(source.at[row, c, piece], target.at[0, piece], barrier)
-            for source, target in ((key, buffers[0].at[0]), (query, buffers[1].at[0])):
-                for piece in range(target.shape[0]):
-                    mosaic.copy_in(source.at[row, piece, tokens], target.at[piece], arrived)
-            before = jnp.maximum(c - 1, 0)
-
-            @pl.when(c > 0)
-            def _():
-                fetch_numbers(before, 1 - slot)
-
-            for ref in (*pieced, of_value_in, of_joint_in):
-                mosaic.prefetch(ref.at[row, before], interpret)
-            mosaic.prefetch(of_mean.at[row, pl.ds(before * CHUNK, CHUNK)], interpret)
-
-        mosaic.barrier_wait(numbered.at[slot])
-        fade, kept = here.along(numbers.alpha), vectors[slot, 2, CHUNK - 1]
-        only = opaque_zero(vectors, slot)
-        places = [Pieces(ref.at[only]) for ref in buffers]
-        keys, queries, weights, spreads, reads, *places = places
-        of_means, of_covariances, of_values, joints, given, squares = places
+        copies, copies_next = share == 0, jnp.logical_and(share == 0, c > 0)
+        numbers = memory.wait_numbers(slot)
+        here = Share(share + opaque_zero(memory.vectors, slot), WIDTH // SHARES, interpret)
+        held = memory.find(slot)
+        memory.bring(copies, "tokens_there", (key.at[row, :, tokens], held.keys.ref))
+        fade, since = here.along(numbers.alpha), here.since(numbers)
+        kept = numbers.alpha[CHUNK - 1]
+        here.put(held.of_means.ref, of_mean_end)
+        here.put(held.of_covariances.ref, of_covariance_end)
+        memory.wait("handed")
+        held = memory.next_phase(slot)
+        of_value = here.load(of_value_in.at[row, c])
         cotangent = here.load(of_mean.at[row, tokens])
-        of_value, of_joint = here.load(of_value_in.at[row, c]), here.load(of_joint_in.at[row, c])
-        here.put(of_means.ref, of_mean_end)
-        here.put(of_covariances.ref, of_covariance_end)
-        here.put(given.ref, fade * cotangent)
-        mosaic.barrier_wait(handed)
-        mosaic.meet(met, interpret)
-        guided = here.times((spreads, of_means))
-        spread = here.times((weights, of_covariances))
-        of_value = of_value + here.times((weights, of_means.T))
-        here.put(squares.ref, guided - spread)
-        here.put(of_values.ref, -fade * of_value)
-        of_tied = here.along(numbers.end) * (guided - 2 * spread)
-        mosaic.meet(met, interpret)
-        between = here.times((squares, weights.T), (weights, squares.T))
-        here.put(joints.ref, of_joint - here.halved(between) * here.ratios(numbers))
-        mosaic.barrier_wait(arrived)
-        mosaic.meet(met, interpret)
-        of_tied = of_tied + here.times((joints.T, keys), (reads.T, queries))
-        here.put(spreads.ref, fade * fade * of_tied)
-        of_read_variance = here.along(numbers.of_variance)
-        here.put(squares.ref, fade * fade * of_read_variance * here.plain(queries.ref))
-        mosaic.meet(met, interpret)
-        of_mean_start = kept * of_mean_end + here.times((of_values.T, keys), (given.T, queries))
-        crossed = here.times((keys.T, spreads), (spreads.T, keys))
-        squared = here.times((queries.T, squares))
-        of_covariance_start = kept * kept * of_covariance_end + 0.5 * crossed + squared
-        mosaic.meet(met, interpret)
-        return of_mean_start, of_covariance_start
 
-    start = here.load(of_last_mean.at[row]), here.load(of_last_covariance.at[row])
+        def find_spread():
+            memory.bring(
+                copies,
+                "tokens_there",
+                (query.at[row, :, tokens], held.queries.ref),
+                (reads_in.at[row, c], held.reads.ref),
+            )
+            return here.times((held.weights, held.of_covariances))
+
+        guided, spread = here.beside(find_spread, (held.spreads, held.of_means))
+
+        def leave_square():
+            here.put(held.squares.ref, guided - spread)
+            here.put(held.given.ref, fade * cotangent)
+
+        explained, _ = here.beside(leave_square, (held.weights, held.of_means.T))
+        here.put(held.of_values.ref, -fade * (of_value + explained))
+        of_tied = here.along(numbers.end) * (guided - 2 * spread)
+        held = memory.next_phase(slot)
+        of_joint = here.load(of_joint_in.at[row, c])
+
+        def find_ratios():
+            memory.number(copies_next, 1 - slot, numbers_in.at[row, before])
+            return here.ratios(numbers)
+
+        between, ratios = here.beside(
+            find_ratios, (held.squares, held.weights.T), (held.weights, held.squares.T)
+        )
+        here.put(held.joints.ref, of_joint - here.halved(between) * ratios)
+        memory.wait("tokens_there")
+        held = memory.next_phase(slot)
+
+        def leave_asked():
+            following = weights_in.at[row, before], spreads_in.at[row, before]
+            memory.hand(copies_next, 1 - slot, *following)
+            asked = 2 * since * here.along(numbers.of_variance) * here.plain(held.queries.ref)
+            here.put(held.squares.ref, asked)
+
+        asked, _ = here.beside(
+            leave_asked, (held.joints.T, held.keys), (held.reads.T, held.queries)
+        )
+        here.put(held.spreads.ref, since * (of_tied + asked))
+        held = memory.next_phase(slot)
+
+        def find_asked():
+            @pl.when(copies)
+            def _():
+                for ref in (of_value_in, of_joint_in):
+                    mosaic.prefetch(ref.at[row, before], interpret)
+                mosaic.prefetch(of_mean.at[row, pl.ds(before * CHUNK, CHUNK)], interpret)
+
+            return here.times(
+                (held.keys.T, held.spreads),
+                (held.spreads.T, held.keys),
+                (held.queries.T, held.squares),
+            )
+
+        of_mean_start, doubled = here.beside(
+            find_asked, (held.of_values.T, held.keys), (held.given.T, held.queries)
+        )
+        memory.meet()
+        of_covariance_start = kept * kept * of_covariance_end + 0.5 * doubled
+        return kept * of_mean_end + of_mean_start, of_covariance_start
+
+    start = own.load(of_last_mean.at[row]), own.load(of_last_covariance.at[row])
     of_mean_start, of_covariance_start = lax.fori_loop(0, chunks, chunk, start)
-    first_mean.at[row, :, here.columns][...] = of_mean_start
-    first_covariance.at[row, :, here.columns][...] = of_covariance_start
+    first_mean.at[row, :, own.columns][...] = of_mean_start
+    first_covariance.at[row, :, own.columns][...] = of_covariance_start

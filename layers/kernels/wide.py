@@ -13,7 +13,8 @@ float32, two bfloat16 pieces each, so that five places are used more than once:
 | `small` | 16 | Θ; Ḡ; −α V̄ |
 | `reads` | 16 | cotangent of read-outs times ρ; α Ȳ |
 
-beside 64 kB for keys and queries, 32 in bfloat16. States are copied once their places are free.
+beside 64 kB for keys and queries, 32 in bfloat16, which are copied beside a chunk's first product.
+States are copied once their places are free.
 """
 
 from functools import partial
@@ -157,17 +158,6 @@ def _recur(*refs, names, places, chunks, interpret):
                 mosaic.copy_in(source.at[_NUMBERS], target.at[_NUMBERS - 1], place["handed"])
             bring("weights", weights_in, "handed")
             bring("small", explained_in, "handed")
-            bring("reads", reads_in, "arrived")
-            for source, target in ((key, "keys"), (query, "queries")):
-                for piece in range(source.shape[1]):
-                    from_, to = source.at[row, piece, tokens], place[target].at[0, piece]
-                    mosaic.copy_in(from_, to, place["arrived"])
-            before = jnp.maximum(c - 1, 0)
-            for ref in (weights_in, explained_in, reads_in, of_value_in, of_joint_in):
-                mosaic.prefetch(ref.at[row, before], interpret)
-            for ref in (means, covariances):
-                mosaic.prefetch(ref.at[row, before], interpret)
-            mosaic.prefetch(of_mean.at[row, pl.ds(before * CHUNK, CHUNK)], interpret)
 
         mosaic.barrier_wait(place["handed"])
         numbers = numbers_of(place["vectors"].at[0])
@@ -185,7 +175,17 @@ def _recur(*refs, names, places, chunks, interpret):
         broad.put(here.states.ref, of_mean_end)
         square.put(here.squares.ref, of_covariance_end)
         here = next_phase()
-        guided = broad.times((here.small, here.states))
+
+        def bring_tokens():
+            @pl.when(share == 0)
+            def _():
+                bring("reads", reads_in, "arrived")
+                for source, target in ((key, "keys"), (query, "queries")):
+                    for piece in range(source.shape[1]):
+                        from_, to = source.at[row, piece, tokens], place[target].at[0, piece]
+                        mosaic.copy_in(from_, to, place["arrived"])
+
+        guided, _ = broad.beside(bring_tokens, (here.small, here.states))
         spread = broad.times((here.weights, here.squares))
         if numbers.faded is not None:
             spread = spread * broad.until(numbers)
@@ -239,6 +239,14 @@ def _recur(*refs, names, places, chunks, interpret):
         here = next_phase()
         of_key = of_key + broad.times((here.small, here.upper))
         of_query = of_query + broad.times((here.reads, here.upper))
+
+        @pl.when(share == 0)
+        def _():
+            before = jnp.maximum(c - 1, 0)
+            for ref in (weights_in, explained_in, of_value_in, of_joint_in, covariances):
+                mosaic.prefetch(ref.at[row, before], interpret)
+            mosaic.prefetch(of_mean.at[row, pl.ds(before * CHUNK, CHUNK)], interpret)
+
         here = next_phase()
         weakened = small.along(numbers.alpha)
         small.put(here.small.ref, -weakened * of_value)
