@@ -24,6 +24,7 @@ from layers.kernels import (
 from layers.kernels.blocks import rates
 from layers.kernels.elements import Element
 from layers.kernels.joining import join_ends, join_starts
+from layers.kernels.matrices import Numbers
 from layers.kernels.sweep import sweep
 from layers.rules import Diagonal, Exact, Restored
 from layers.scans import filter_scan
@@ -152,7 +153,7 @@ def assert_within(found: tuple[dict, dict], reference: tuple[dict, dict], dtype:
 @pytest.mark.parametrize(("dtype", "time"), [("float32", 75), ("bfloat16", 200)])
 def test_simulated_values_and_gradients_are_the_definition(dtype, time, monkeypatch, capfd):
     """The last chunk is padded; documents start inside a block and at a chunk's edge."""
-    monkeypatch.setattr(reverse, "PROCESSORS", 1)  # so that one program goes through all chunks
+    monkeypatch.setattr(mosaic, "PROCESSORS", 1)  # so that one program goes through all chunks
     case = Case(time, 64, 64, decay="scalar", drift="scalar", starts=(20, 64))
     arguments, starts = draw(case, dtype)
     found = differentiated(simulated)(arguments, starts)  # jit can deadlock the simulator
@@ -223,7 +224,7 @@ def test_a_simulated_sweep_finds_what_the_whole_recursion_finds_for_the_start(ca
     document = jnp.asarray(np.arange(64) >= 40, "float32")[None]
     alpha = jnp.where(document > 0, 0, jnp.abs(drawn(*token)))
     positive = [jnp.abs(drawn(*token)) for _ in range(5)]
-    numbers = reverse.Numbers(-jnp.cumsum(positive[0], axis=1), document, alpha, *positive)
+    numbers = Numbers(-jnp.cumsum(positive[0], axis=1), document, alpha, *positive)
     found = [drawn(*pieces, dtype="bfloat16") for _ in range(3)]
     found += [drawn(1, 1, 64, 64) for _ in range(2)]
     tokens = [drawn(1, 1, 64, 64, dtype="bfloat16") for _ in range(2)]
@@ -321,7 +322,7 @@ def test_a_simulated_restoration_and_its_gradients_are_the_definition():
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("keys", [64, 96])
 def test_a_simulated_restoration_across_chunks_is_the_definition(keys, monkeypatch, capfd):
-    monkeypatch.setattr(reverse, "PROCESSORS", 1)
+    monkeypatch.setattr(mosaic, "PROCESSORS", 1)
     case = Case(75, keys, 64, decay="scalar", drift="scalar", starts=(20, 64))
     arguments, starts = draw(case, "float32", np.linspace(1, 0, 75, dtype="float32"))
     found = differentiated(simulated)(arguments, starts)
@@ -502,7 +503,7 @@ def test_simulated_rates_per_key_across_chunks_are_the_definition(case, capfd):
 
 @pytest.mark.exhaustive
 def test_simulated_keys_of_more_than_64_and_their_gradients_are_the_definition(monkeypatch, capfd):
-    monkeypatch.setattr(reverse, "PROCESSORS", 1)
+    monkeypatch.setattr(mosaic, "PROCESSORS", 1)
     case = Case(75, 96, 128, decay="scalar", drift="scalar", starts=(20, 64))
     arguments, starts = draw(case, "float32")
     found = differentiated(simulated)(arguments, starts)

@@ -11,6 +11,8 @@ from . import blocks, devices, reverse, segments, wide
 from .blocks import drift_since, kept_sums, rates, ratios_within, sums, unknown
 from .forward import CHUNK, WIDTH, filter_blocks, split
 from .head import Filtered, Head, over_rows
+from .local import local
+from .matrices import PIECES, Numbers
 from .restored import of_kept as cotangent_of_kept
 
 _LASTS, _FIRSTS = ("last_covariance", "last_mean"), ("first_covariance", "first_mean")
@@ -112,7 +114,7 @@ def _backward(values: int, interpret: bool, whole: bool, axis: str | None, resid
     faded = None if head.kept is None else kept_sums(head.kept, CHUNK)
     alpha = jnp.where(document == 0, jnp.exp(total), 0)
     of_lasts = of.last_mean, (of.last_covariance + of.last_covariance.T) / 2
-    numbers = reverse.Numbers(
+    numbers = Numbers(
         total.reshape(-1),
         document.reshape(-1),
         alpha.reshape(-1),
@@ -183,17 +185,15 @@ def _questions(
         return segments.cut(given[name], parts) if name in given else None
 
     key, of_mean = cut("key"), cut("of_mean")
-    depth = 1 if key.dtype == jnp.bfloat16 else reverse.PIECES
+    depth = 1 if key.dtype == jnp.bfloat16 else PIECES
     tokens = split(key, depth), split(cut("query"), depth)
-    numbers = reverse.Numbers(**{name: cut(name) for name in reverse.Numbers._fields})
+    numbers = Numbers(**{name: cut(name) for name in Numbers._fields})
     by_chunk = numbers.by_chunk()
     if "local" in given:
         found = tuple(segments.cut(part, parts) for part in given["local"])
     else:
         whitened = segments.cut(whitened, parts)
-        found = reverse.local(
-            *tokens, whitened, of_mean, by_chunk, values=values, interpret=interpret
-        )
+        found = local(*tokens, whitened, of_mean, by_chunk, values=values, interpret=interpret)
     return *tokens, of_mean, by_chunk, found
 
 
@@ -202,8 +202,8 @@ def _ask_rows(values: int, interpret: bool, number: int, whitened: Array, given:
     parts = segments.count(number, chunks, tree=True)
     asked = _questions(values, interpret, parts, whitened, given)
     from_each = segments.asked_from(asked, given["loops"], parts, interpret=interpret)
-    local = tuple(segments.join(part, parts) for part in asked[-1])
-    return local, segments.filled(from_each, chunks, tree=True)
+    joined = tuple(segments.join(part, parts) for part in asked[-1])
+    return joined, segments.filled(from_each, chunks, tree=True)
 
 
 def _reverse_rows(

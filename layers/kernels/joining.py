@@ -30,8 +30,8 @@ from . import mosaic
 from .covariance import CHUNK, COVARIANCE_PIECES, WIDTH, hidden_zero, identity, narrow_block
 from .elements import SQUARE, VALUES, Element, innovate, update
 from .forward import split
+from .matrices import PIECES
 from .mosaic import BLOCK, ROWS, pairs, pieces
-from .reverse import PIECES
 
 States = Float[Array, "row key key"]
 Parts = Float[Array, "part key key"]

@@ -29,6 +29,9 @@ BLOCK = 16
 
 WARPGROUP = 128
 
+PROCESSORS = 132
+"""Multiprocessors of a Hopper GPU."""
+
 MATRIX = plgpu.Layout.WGMMA
 ROWS = MATRIX.reduce(1)
 COLUMNS = MATRIX.reduce(0)
@@ -108,7 +111,7 @@ def kernel(
 
 def lowering_device() -> AbstractDevice:
     """A Hopper GPU for which programs can be lowered where there is none."""
-    return AbstractDevice("NVIDIA H200", 132, "gpu")
+    return AbstractDevice("NVIDIA H200", PROCESSORS, "gpu")
 
 
 def lowering_mesh():

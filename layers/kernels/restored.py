@@ -38,7 +38,7 @@ def of_kept(
         head: what it filters (`kernels.exact.Head`).
         kept: what the forward pass has kept.
         found: what the recursion has left (`reverse.asked_of_kept`).
-        numbers: of every token (`reverse.Numbers`).
+        numbers: of every token (`matrices.Numbers`).
         ratios: decay of the mean between tokens.
         of_added: cotangent of the variance added before each write.
     """

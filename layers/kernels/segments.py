@@ -61,7 +61,7 @@ from jaxtyping import Array, Float
 
 from layers.precision import exact_product
 
-from . import reverse
+from . import mosaic
 from .blocks import Rates
 from .covariance import CHUNK, WIDTH
 from .elements import Element, elements
@@ -120,7 +120,7 @@ def most(chunks: int, *, tree: bool = False) -> int:
 
 def count(rows: int, chunks: int, *, tree: bool = False) -> int:
     """Segments that sequences are cut into; 1 where cutting does not pay."""
-    bound = min(most(chunks, tree=tree), reverse.PROCESSORS // max(rows, 1))
+    bound = min(most(chunks, tree=tree), mosaic.PROCESSORS // max(rows, 1))
     found = max((n for n in range(1, bound + 1) if chunks % n == 0), default=1)
     return found if found >= FEWEST else 1
 
@@ -370,7 +370,7 @@ def ends(
     """Cotangents of mean and covariance after each segment, rows as `cut` makes them.
 
     Args:
-        asked: keys, queries, cotangents, numbers and what `reverse.local` found, for `sweep`.
+        asked: keys, queries, cotangents, numbers and what `local.local` found, for `sweep`.
         loops: of every segment but the last; more are not read.
         of_last_mean: cotangent of the mean after the last token.
         of_last_covariance: likewise.

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from . import mosaic
 from .forward import CHUNK, WIDTH
-from .reverse import PIECES, SHARES, Memory, Share, opaque_zero
+from .matrices import PIECES, SHARES, Memory, Share, opaque_zero
 
 States = Float[Array, "row key key"]
 
@@ -37,8 +37,8 @@ def sweep(
         key: in pieces, as are queries.
         query: in pieces.
         of_mean: cotangent of read-outs.
-        numbers: of every token (`reverse.Numbers`).
-        found: what `reverse.local` returns.
+        numbers: of every token (`matrices.Numbers`).
+        found: what `local.local` returns.
         of_last_mean: cotangent of the mean after the last token.
         of_last_covariance: likewise, symmetric.
         interpret: whether to run the kernel's simulation on a CPU.

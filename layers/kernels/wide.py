@@ -28,18 +28,8 @@ from jaxtyping import Array, Float
 
 from . import mosaic
 from .forward import CHUNK, WIDTH
-from .reverse import (
-    PIECES,
-    SHARES,
-    SQUARE,
-    Pieces,
-    Share,
-    asked_of_kept,
-    joined,
-    numbers_of,
-    opaque_zero,
-    restores,
-)
+from .matrices import PIECES, SHARES, SQUARE, Pieces, Share, numbers_of, opaque_zero, restores
+from .reverse import asked_of_kept, joined
 
 _NUMBERS = 8
 """Numbers a token that there is room for; a ninth, of a restoration, takes the last one's place,
