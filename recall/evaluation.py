@@ -33,6 +33,8 @@ SET_LEVEL = 0.9
 _BINS = 15
 _NUMBERS_AT_ONCE = 2**27
 """Bounds the logits that are held at once."""
+_STATES_AT_ONCE = 2**30
+"""Bounds what is held at once by memories that form a matrix a token, d_model² numbers at most."""
 
 
 @dataclass(frozen=True)
@@ -162,5 +164,7 @@ def _score(told: dict[str, np.ndarray], asked: Questions) -> Scores:
 
 def _rows_at_once(models: RecallModel, asked: Questions) -> int:
     runs = len(jax.tree.leaves(eqx.filter(models, eqx.is_inexact_array))[0])
-    numbers = runs * models.embedding.codes * asked.places.shape[1]
-    return min(len(asked.inputs), max(1, _NUMBERS_AT_ONCE // numbers))
+    (d_model,) = models.norm.shape
+    logits = _NUMBERS_AT_ONCE // (models.embedding.codes * asked.places.shape[1])
+    states = _STATES_AT_ONCE // (asked.inputs.shape[1] * d_model**2)
+    return min(len(asked.inputs), max(1, min(logits, states) // runs))
