@@ -21,6 +21,8 @@ pytestmark = pytest.mark.xdist_group("meshes")
 PLAN = tiny("linear_attention", steps=100)
 MAKER = mixer_maker("linear_attention", 2)
 
+on_four = pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+
 
 def losses_on(mesh: str | None, runs, first: int, last: int, plan=PLAN):
     """The losses of every step on a mesh."""
@@ -36,11 +38,13 @@ def alone():
     return losses_on(None, start(PLAN, MAKER), 0, 53)
 
 
+@on_four
 def test_a_mesh_trains_the_same_model(alone):
     found = losses_on("data=2,sequence=2", start(PLAN, MAKER), 0, 3)
     np.testing.assert_allclose(found, alone[:3], rtol=1e-4)
 
 
+@on_four
 @pytest.mark.slow
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("mesh", ["sequence=4", "data=2,heads=2", "heads=2,sequence=2"])
@@ -51,6 +55,7 @@ def test_a_mesh_trains_the_same_bayesian_layer(mesh):
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+@on_four
 def test_heads_are_split_and_pieces_hold_each_array_once(tmp_path):
     mesh = make_mesh(read_sizes("data=2,heads=2"))
     runs = start(PLAN, MAKER)
@@ -111,4 +116,5 @@ def test_a_process_that_dies_ends_the_run_which_goes_on_on_another_mesh(
     assert step == 50
     assert len(list((folder.path / "checkpoint-50").iterdir())) == 2
     np.testing.assert_allclose(history["loss"], alone[:50], rtol=1e-3)
-    np.testing.assert_allclose(losses_on("data=2,heads=2", runs, 50, 53), alone[50:], rtol=1e-2)
+    other = "data=2,heads=2" if jax.device_count() >= 4 else "heads=2"
+    np.testing.assert_allclose(losses_on(other, runs, 50, 53), alone[50:], rtol=1e-2)
