@@ -6,8 +6,9 @@ without; all are asked for needles in rows up to several times as long as any in
     python -m benchmarks.restoring --text books.txt --valid other.txt --out runs/restoring
 
 The same again goes on where it was stopped (`--minutes`). OUT/summary.json holds all that is known.
-Once the teacher is there, arms can be distilled side by side, a GPU each, into one folder:
+Arms can be distilled side by side, a GPU each, into one folder, once the teacher is there:
 
+    python -m benchmarks.restoring ... --out runs/restoring --arms       # the teacher alone, on all
     CUDA_VISIBLE_DEVICES=1 python -m benchmarks.restoring ... --out runs/restoring --arms student
 
 and the same without `--arms` then puts them together.
@@ -329,7 +330,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=amount, default=64, help="rows of the teacher's steps")
     parser.add_argument("--tokens", type=amount, default=200_000_000, help="for the teacher")
     parser.add_argument("--teacher-rate", type=float, default=2e-3)
-    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="*", choices=tuple(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 4e-4])
     parser.add_argument("--layers", type=int, nargs="+", help="to restore (default: all)")
