@@ -150,7 +150,10 @@ def assert_within(found: tuple[dict, dict], reference: tuple[dict, dict], dtype:
 # -- without a GPU ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "time"), [("float32", 75), ("bfloat16", 130)])
+@pytest.mark.parametrize(
+    ("dtype", "time"),
+    [("bfloat16", 130), pytest.param("float32", 75, marks=pytest.mark.exhaustive)],
+)
 def test_simulated_values_and_gradients_are_the_definition(dtype, time, monkeypatch, capfd):
     """The last chunk is padded; documents start inside a block and at a chunk's edge."""
     monkeypatch.setattr(mosaic, "PROCESSORS", 1)  # so that one program goes through all chunks
