@@ -565,6 +565,12 @@ def test_kernels_of_rates_per_key_lower_for_cuda():
     assert lowered(case, "float32") == (1, 1)
 
 
+def test_kernels_lower_for_cuda_where_float64_is_enabled():
+    case = Case(200, 64, 64, decay="scalar", drift="scalar", starts=(7,))
+    with jax.enable_x64(True):
+        assert lowered(case, "float32") == (3, 1)
+
+
 def lowered(case: Case, dtype: str, dial=None) -> tuple[int, int]:
     """How many kernels the gradient, and the filter alone, lower to."""
     arguments, starts = draw(case, dtype, dial)

@@ -167,7 +167,8 @@ def opaque_zero(vectors, slot):
     Buffers are indexed by it: otherwise the compiler computes every operand's descriptor once,
     before the loop over chunks, and keeps hundreds of them in local memory.
     """
-    return jnp.where(vectors[slot, Numbers._fields.index("alpha"), CHUNK - 1] < 0, 1, 0)
+    negative = vectors[slot, Numbers._fields.index("alpha"), CHUNK - 1] < 0
+    return negative.astype(jnp.int32)
 
 
 TURNING = {"weights": "of_means", "spreads": "of_covariances"}
