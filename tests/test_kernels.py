@@ -150,15 +150,12 @@ def assert_within(found: tuple[dict, dict], reference: tuple[dict, dict], dtype:
 # -- without a GPU ------------------------------------------------------------------------------
 
 
-RARELY = pytest.mark.exhaustive
-
-
 @pytest.mark.parametrize(
     ("dtype", "time"),
     [
         ("bfloat16", 66),
-        pytest.param("bfloat16", 130, marks=RARELY),
-        pytest.param("float32", 75, marks=RARELY),
+        pytest.param("bfloat16", 130, marks=pytest.mark.exhaustive),
+        pytest.param("float32", 75, marks=pytest.mark.exhaustive),
     ],
 )
 def test_simulated_values_and_gradients_are_the_definition(dtype, time, monkeypatch, capfd):

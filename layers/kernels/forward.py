@@ -180,15 +180,17 @@ def filter_blocks(
     }
     if shares > 1:
         scratch["drawn_ready"] = mosaic.barrier(num_arrivals=shares)
-    static = {"chunks": chunks, "slots": slots, "ahead": ahead, "save": save}
     run = mosaic.kernel(
         partial(
             _body,
             sources=len(sources),
             names=tuple(out),
             scratch=tuple(scratch),
+            chunks=chunks,
+            slots=slots,
+            ahead=ahead,
+            save=save,
             interpret=interpret,
-            **static,
         ),
         [jax.ShapeDtypeStruct(*kind) for kind in out.values()],
         {"row": rows},

@@ -244,6 +244,14 @@ class Memory:
         def _():
             mosaic.copy_in(source, self.vectors.at[slot], self.refs["numbered"].at[slot])
 
+    def foresee(self, when, *refs):
+        """Bring what is loaded to registers later nearer."""
+
+        @pl.when(when)
+        def _():
+            for ref in refs:
+                mosaic.prefetch(ref, self.interpret)
+
     def wait(self, group):
         mosaic.barrier_wait(self.refs[group])
 

@@ -172,6 +172,30 @@ def joined(found: dict[str, Array]) -> dict[str, Array]:
     return found | {name: found[name].sum(axis=1) for name in shared}
 
 
+def guide(here, held, work):
+    """ΘM̄' and BP̄', work done beside them."""
+
+    def find_spread():
+        work()
+        return here.times((held.weights, held.of_covariances))
+
+    return here.beside(find_spread, (held.spreads, held.of_means))
+
+
+def of_start(here, held, work):
+    """What a chunk's own tokens ask of M, and twice what they ask of P; work done beside."""
+
+    def find_asked():
+        work()
+        return here.times(
+            (held.keys.T, held.spreads),
+            (held.spreads.T, held.keys),
+            (held.queries.T, held.squares),
+        )
+
+    return here.beside(find_asked, (held.of_values.T, held.keys), (held.given.T, held.queries))
+
+
 def _recur(*refs, names, places, chunks, interpret):
     key, query, of_mean, numbers_in, weights_in, spreads_in, reads_in = refs[:7]
     of_value_in, of_joint_in, means_in, covariances_in = refs[7:11]
@@ -222,16 +246,15 @@ def _recur(*refs, names, places, chunks, interpret):
         of_value = here.load(of_value_in.at[row, c])
         cotangent = here.load(of_mean.at[row, tokens])
 
-        def find_spread():
+        def bring_queries():
             memory.bring(
                 copies,
                 "queries_there",
                 (query.at[row, :, tokens], held.queries.ref),
                 (reads_in.at[row, c], held.reads.ref),
             )
-            return here.times((held.weights, held.of_covariances))
 
-        guided, spread = here.beside(find_spread, (held.spreads, held.of_means))
+        guided, spread = guide(here, held, bring_queries)
         if numbers.faded is not None:
             spread = spread * here.until(numbers)
 
@@ -296,22 +319,11 @@ def _recur(*refs, names, places, chunks, interpret):
         unread = since * seen + added * plain_query
         held = memory.next_phase(slot)
 
-        def find_asked():
-            @pl.when(copies)
-            def _():
-                for ref in (of_value_in, of_joint_in):
-                    mosaic.prefetch(ref.at[row, before], interpret)
-                mosaic.prefetch(of_mean.at[row, pl.ds(before * CHUNK, CHUNK)], interpret)
+        def foresee():
+            values, joints = (ref.at[row, before] for ref in (of_value_in, of_joint_in))
+            memory.foresee(copies, values, joints, of_mean.at[row, pl.ds(before * CHUNK, CHUNK)])
 
-            return here.times(
-                (held.keys.T, held.spreads),
-                (held.spreads.T, held.keys),
-                (held.queries.T, held.squares),
-            )
-
-        of_mean_start, doubled = here.beside(
-            find_asked, (held.of_values.T, held.keys), (held.given.T, held.queries)
-        )
+        of_mean_start, doubled = of_start(here, held, foresee)
         of_mean_start = kept * of_mean_end + of_mean_start
         memory.wait("mean_there")
 

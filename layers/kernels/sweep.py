@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from . import mosaic
 from .forward import CHUNK, WIDTH
 from .matrices import PIECES, SHARES, Memory, Share, opaque_zero
+from .reverse import guide, of_start
 
 States = Float[Array, "row key key"]
 
@@ -92,16 +93,15 @@ def _sweep(*refs, places, chunks, interpret):
         of_value = here.load(of_value_in.at[row, c])
         cotangent = here.load(of_mean.at[row, tokens])
 
-        def find_spread():
+        def bring_queries():
             memory.bring(
                 copies,
                 "tokens_there",
                 (query.at[row, :, tokens], held.queries.ref),
                 (reads_in.at[row, c], held.reads.ref),
             )
-            return here.times((held.weights, held.of_covariances))
 
-        guided, spread = here.beside(find_spread, (held.spreads, held.of_means))
+        guided, spread = guide(here, held, bring_queries)
 
         def leave_square():
             here.put(held.squares.ref, guided - spread)
@@ -136,22 +136,11 @@ def _sweep(*refs, places, chunks, interpret):
         here.put(held.spreads.ref, since * (of_tied + asked))
         held = memory.next_phase(slot)
 
-        def find_asked():
-            @pl.when(copies)
-            def _():
-                for ref in (of_value_in, of_joint_in):
-                    mosaic.prefetch(ref.at[row, before], interpret)
-                mosaic.prefetch(of_mean.at[row, pl.ds(before * CHUNK, CHUNK)], interpret)
+        def foresee():
+            values, joints = (ref.at[row, before] for ref in (of_value_in, of_joint_in))
+            memory.foresee(copies, values, joints, of_mean.at[row, pl.ds(before * CHUNK, CHUNK)])
 
-            return here.times(
-                (held.keys.T, held.spreads),
-                (held.spreads.T, held.keys),
-                (held.queries.T, held.squares),
-            )
-
-        of_mean_start, doubled = here.beside(
-            find_asked, (held.of_values.T, held.keys), (held.given.T, held.queries)
-        )
+        of_mean_start, doubled = of_start(here, held, foresee)
         memory.meet()
         of_covariance_start = kept * kept * of_covariance_end + 0.5 * doubled
         return kept * of_mean_end + of_mean_start, of_covariance_start
