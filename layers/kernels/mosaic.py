@@ -509,8 +509,9 @@ def _eliminate_by_shuffles(
         between = from_lane(entry[j], j + 1)
         second = from_lane(plus(entry[j + 1], own_noise), j + 1)
         rest = range(j + 2, BLOCK)
-        below = {m: from_lane(entry[j], m) for m in rest}
-        below_second = {m: from_lane(entry[j + 1], m) for m in rest}
+        # The next pivots' rows are scaled by every lane, while others wait for the lanes that own
+        # them: fewer instructions, and those in turn do not wait.
+        below = {m: (from_lane(entry[j], m), from_lane(entry[j + 1], m)) for m in rest[:2]}
         lasting = times(between, shares[j + 1]) if shares else between
         determinant = times_plus(arith.negf(between), lasting, times(first, second))
         scale = reciprocal_root(first)
@@ -524,17 +525,21 @@ def _eliminate_by_shuffles(
         leave(j + 1, scale_second)
         if not len(rest):
             break
+
+        def scaled_second(one, other, square=minus_square, scale=scale_second):
+            return times(times_plus(one, square, other), scale)
+
         own = arith.negf(times(entry[j], scale))
-        own_second = arith.negf(
-            times(times_plus(entry[j], minus_square, entry[j + 1]), scale_second)
-        )
+        own_second = arith.negf(scaled_second(entry[j], entry[j + 1]))
         faded = arith.negf(faded)
         faded_second = arith.negf(column[j + 1])
         share, share_second = (shares[j + 1], one) if shares else (one, one)
         for m in rest:
             faded, faded_second = times(faded, kept[m]), times(faded_second, kept[m])
-            row = times(below[m], scale)
-            row_second = times(times_plus(below[m], minus_square, below_second[m]), scale_second)
+            if m in below:
+                row, row_second = times(below[m][0], scale), scaled_second(*below[m])
+            else:
+                row, row_second = (arith.negf(from_lane(x, m)) for x in (own, own_second))
             column[m] = times_plus(faded_second, row_second, times_plus(faded, row, column[m]))
             if shares:
                 share, share_second = times(share, shares[m]), times(share_second, shares[m])
