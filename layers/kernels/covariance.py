@@ -139,27 +139,34 @@ def narrow_block(reads=True):
 
     def block(here, slot, start, covariances):
         (covariance,) = covariances
-        multiply = partial(mosaic.product, interpret=here.interpret)
+        beside = partial(mosaic.product_beside, interpret=here.interpret)
         tokens = pl.ds(start, BLOCK)
         split = pieces(covariance, COVARIANCE_PIECES)
         fade = since(here, slot, start)
         drift = along_columns(mosaic.load(here.drifts.at[slot, tokens], COLUMNS), thin)
-        carried = multiply(thin, pairs(split, pieces_of(here.keys, slot, tokens), 3))
-        tied = carried * along_columns(fade, thin)
-        tied = tied + mosaic.load_transposed(here.keys_plain.at[slot, tokens]) * drift
+        carried, drifted = beside(
+            thin,
+            pairs(split, pieces_of(here.keys, slot, tokens), 3),
+            lambda: mosaic.load_transposed(here.keys_plain.at[slot, tokens]) * drift,
+        )
+        tied = carried * along_columns(fade, thin) + drifted
         mosaic.store_transposed(here.columns.at[:, pl.ds(0, WIDTH)], tied)
         for piece, part in enumerate(pieces(tied, COVARIANCE_PIECES)):
             here.drawn.at[0, piece][...] = part
         mosaic.commit_smem()
         drawn_pieces = [here.drawn.at[0, piece] for piece in range(COVARIANCE_PIECES)]
-        between = multiply((CHUNK, BLOCK), pairs(pieces_of(here.keys, slot), drawn_pieces, 3))
+        between, ratios = beside(
+            (CHUNK, BLOCK),
+            pairs(pieces_of(here.keys, slot), drawn_pieces, 3),
+            lambda: mosaic.load(here.ratios.at[slot]),
+        )
         place = 0 if reads else turn(start)
-        here.joint.at[place, :, pl.ds(0, BLOCK)][...] = between * mosaic.load(here.ratios.at[slot])
+        here.joint.at[place, :, pl.ds(0, BLOCK)][...] = between * ratios
         mosaic.barrier_wait(here.innovations_ready)
         eliminate = partial(_eliminate, here, 0, slot, tokens, place)
         if reads:
             terms = pairs(split, pieces_of(here.queries, slot, tokens), 3)
-            seen, _ = mosaic.product_beside(thin, terms, eliminate, here.interpret)
+            seen, _ = beside(thin, terms, eliminate)
             seen = seen * mosaic.load_transposed(here.queries_plain.at[slot, tokens])
             mosaic.store_transposed(here.read.at[tokens, pl.ds(0, WIDTH)], seen)
         else:
@@ -172,10 +179,12 @@ def narrow_block(reads=True):
         mosaic.barrier_arrive(here.elimination_ready)
         left = pieces(own * along_columns(until(here, slot, start), thin), COVARIANCE_PIECES)
         right = across(here.moved.at[0], COVARIANCE_PIECES, pl.ds(0, WIDTH))
-        absorbed = multiply(square, pairs(left, right, 3))
         kept = through_all(here, slot, start)
         added = here.drifts[slot, start + BLOCK - 1]
-        return (covariance * kept + spread * added - absorbed,)
+        absorbed, faded = beside(
+            square, pairs(left, right, 3), lambda: covariance * kept + spread * added
+        )
+        return (faded - absorbed,)
 
     return block
 
