@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from . import blocks, devices, reverse, segments, wide
+from . import blocks, devices, restored, reverse, segments, wide
 from .blocks import drift_since, kept_sums, rates, ratios_within, sums, unknown
 from .forward import CHUNK, WIDTH, filter_blocks, split
 from .head import Filtered, Head, over_rows
 from .local import local
 from .matrices import PIECES, Numbers
-from .restored import of_kept as cotangent_of_kept
 
 _LASTS, _FIRSTS = ("last_covariance", "last_mean"), ("first_covariance", "first_mean")
 _KEPT = ("whitened", "inverse_deviation", "covariances", "means", "loops")
@@ -159,7 +158,7 @@ def _backward(values: int, interpret: bool, whole: bool, axis: str | None, resid
     of_log_decay = (since + at_ends(found["scale"], at_last)[:, None]).reshape(-1)
     of_kept = None
     if faded is not None:
-        of_kept = cotangent_of_kept(head, kept, found, numbers, ratios, of_added)
+        of_kept = restored.of_kept(head, found, numbers, of_added)
     return (
         Head(
             found["key"],
@@ -225,6 +224,10 @@ def _reverse_rows(
     means, covariances = (segments.cut(given[name], parts) for name in ("means", "covariances"))
     recur: Any = reverse.recur if key.shape[-1] == WIDTH else wide.recur
     got = recur(*asked, means, covariances, *lasts, dtype=key.dtype, interpret=interpret)
+    if "faded" in given:
+        key, query, _, numbers, _ = asked
+        left = whitened, got.pop("tied"), got.pop("ends")
+        got |= restored.asked(key, query, *left, numbers, interpret=interpret)
     firsts = {name: got.pop(name)[::parts] for name in _FIRSTS}
     return {name: segments.join(part, parts) for name, part in got.items()} | firsts
 

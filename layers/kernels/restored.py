@@ -10,73 +10,208 @@ $$ \bar\lambda_t = \langle \bar P^-_t, a_t^2 P_{t-1}\rangle
 
 where s is also the chunk's start, T_u = α_u² (ē_u·P k_u + v̄_u x_u·P x_u), and u also its end,
 T_s = −ε_s² u_s·P̄' u_s, and ⟨P, P̄'⟩ α_C² from the start to the end. Nothing is divided by λ, so that
-λ = 0 has its derivative. In XLA: three products of 64 × 64 × keys a chunk, and 64 × 64 × 64.
+λ = 0 has its derivative.
+
+The sum over pairs of a chunk's tokens and u_s·P̄' u_s are found by `asked`, for all chunks at once;
+what has one token and the chunk's start or end, by XLA from numbers a token.
+
+**Layout.** As in `kernels.local` two warpgroups share the columns of a chunk's matrices. Left
+operands Ē and the later λ come from registers, and of T each warpgroup reads its own columns alone.
+So they meet once a chunk, after which the next one's arrays are copied to where those of the last
+have lain. Keys of 128 have room for one chunk, load rows from global memory, and meet twice.
 """
 
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from layers.precision import exact_product
-
+from . import mosaic
 from .blocks import kept_within
-from .forward import CHUNK
+from .forward import CHUNK, WIDTH
+from .matrices import PIECES, SHARES, SQUARE, Numbers, Pieces, Share
+from .mosaic import pairs, pieces
+
+_NUMBERS = "total", "document", "of_variance", "faded", "before"
+"""Numbers a token; the last is log λ, summed until the token before."""
+
+
+def asked(
+    key: Float[Array, "row piece time key"],
+    query: Float[Array, "row piece time key"],
+    whitened: Float[Array, "row time both"],
+    tied: Float[Array, "row time key"],
+    ends: Float[Array, "row chunk piece_of_state key key"],
+    numbers: Float[Array, "row chunk number token"],
+    *,
+    interpret: bool = False,
+) -> dict[str, Array]:
+    """What pairs of its chunk's tokens ask of each token's λ (`between`), and u·P̄' u (`end`).
+
+    Args:
+        key: in pieces, as are queries.
+        query: in pieces.
+        whitened: as the forward pass left it.
+        tied: as the recursion left it (`reverse.asked_of_kept`), as are `ends`.
+        ends: P̄' of every chunk.
+        numbers: of every token (`matrices.Numbers`).
+        interpret: whether to run the kernel's simulation on a CPU.
+    """
+    rows, depth, time, width = key.shape
+    chunks = time // CHUNK
+    slots = 1 if width > WIDTH else 2
+    taken = [numbers[:, :, Numbers._fields.index(name)] for name in _NUMBERS[:-1]]
+    before = jnp.pad(taken[-1], [(0, 0), (0, 0), (1, 0)])[..., :-1]
+    parts = max(1, min(chunks, mosaic.PROCESSORS // rows))
+    form = mosaic.operands_of(WIDTH // SHARES)
+
+    def operand(depth, *shape):
+        return mosaic.SMEM((slots, depth, *shape), jnp.bfloat16, transforms=form)
+
+    told = mosaic.SMEM((slots, *SQUARE), jnp.float32, transforms=mosaic.ENTRIES)
+    scratch = {
+        **dict.fromkeys(("keys", "queries"), operand(depth, CHUNK, width)),
+        "moved": operand(PIECES, CHUNK, width),
+        "ends": operand(PIECES, width, width),
+        "pairs": mosaic.SMEM((PIECES, *SQUARE), jnp.bfloat16, transforms=form),
+        "vectors": mosaic.SMEM((slots, len(_NUMBERS), CHUNK), jnp.float32),
+        **({} if width > WIDTH else {"rows": told, "tied": told}),
+        "arrived": mosaic.barrier(num_arrivals=1 + 2 * depth + PIECES + 2 * (width == WIDTH)),
+        "met": mosaic.barrier(num_arrivals=SHARES),
+    }
+    run = mosaic.kernel(
+        partial(_asked, places=tuple(scratch), chunks=chunks, parts=parts, interpret=interpret),
+        [jax.ShapeDtypeStruct((rows, SHARES, time), jnp.float32)] * 2,
+        {"row": rows, "part": parts},
+        list(scratch.values()),
+        SHARES,
+        interpret,
+        reduction_bytes=16,
+    )
+    found = run(key, query, whitened, tied, ends, jnp.stack([*taken, before], axis=2))
+    return dict(zip(("between", "end"), (part.sum(axis=1) for part in found), strict=True))
+
+
+def _asked(*refs, places, chunks, parts, interpret):
+    key, query, whitened, tied_in, ends, numbers_in, between_out, end_out = refs[:8]
+    place = SimpleNamespace(**dict(zip(places, refs[8:], strict=True)))
+    row, part, share = (lax.axis_index(name) for name in ("row", "part", "wg"))
+    width = key.shape[-1]
+    wide = width > WIDTH
+    here, broad = (Share(share, columns // SHARES, interpret) for columns in (WIDTH, width))
+    whole, every = Share(0, CHUNK, interpret), pl.ds(0, width)
+
+    def at(step):
+        # The last program may find its last chunk twice.
+        return jnp.minimum(part + step * parts, chunks - 1)
+
+    def fetch(step, slot):
+        chunk = at(step)
+        tokens = pl.ds(chunk * CHUNK, CHUNK)
+        copies = [(numbers_in.at[row, chunk], place.vectors.at[slot])]
+        for source, spot in ((key, place.keys), (query, place.queries)):
+            for piece in range(spot.shape[1]):
+                copies.append((source.at[row, piece, tokens], spot.at[slot, piece]))
+        for piece in range(PIECES):
+            copies.append((ends.at[row, chunk, piece], place.ends.at[slot, piece]))
+        rows = whitened.at[row, tokens, every], tied_in.at[row, tokens]
+        if wide:
+            for source in rows:
+                mosaic.prefetch(source, interpret)
+        else:
+            copies += zip(rows, (place.rows.at[slot], place.tied.at[slot]), strict=True)
+        for source, spot in copies:
+            mosaic.copy_in(source, spot, place.arrived)
+
+    pl.when(share == 0)(lambda: fetch(0, 0))
+
+    def through_chunk(step, carry):
+        slot = 0 if wide else lax.rem(step, 2)
+        tokens = pl.ds(at(step) * CHUNK, CHUNK)
+
+        def leave_sum(ref, matrix):
+            ref.at[row, share, tokens][...] = jnp.sum(matrix, axis=1)
+
+        def fetch_next():
+            following = jnp.logical_and(share == 0, step + 1 < steps)
+            pl.when(following)(lambda: fetch(step + 1, 0 if wide else 1 - slot))
+
+        mosaic.barrier_wait(place.arrived)
+        numbers = SimpleNamespace(
+            **{name: place.vectors.at[slot, index] for index, name in enumerate(_NUMBERS)}
+        )
+        if wide:
+            rows, tied_rows = whitened.at[row, tokens, every], tied_in.at[row, tokens]
+        else:
+            rows, tied_rows = place.rows.at[slot], place.tied.at[slot]
+        keys, queries, moved, of_end = (
+            Pieces(ref.at[slot]) for ref in (place.keys, place.queries, place.moved, place.ends)
+        )
+        own = broad.load(rows)
+        broad.put(moved.ref, own)
+        mosaic.meet(place.met, interpret)
+        if not wide:
+            fetch_next()
+        ending, ratios = broad.beside(lambda: here.ratios(numbers), (moved, of_end))
+        leave_sum(end_out, ending * own)
+        written = here.times((keys, moved.T))
+        asked = mosaic.zeros(here.shape)
+        for first in range(0, width, WIDTH):
+            columns = pl.ds(first, WIDTH)
+            tied = pieces(mosaic.load(tied_rows.at[:, columns]), PIECES)
+            right = Pieces(moved.ref.at[:, :, columns]).T.right(here.columns)
+            asked = asked + here.multiply(pairs(tied, right, PIECES))
+        read = here.times((queries, moved.T))
+        asked = written * asked + here.along(numbers.of_variance) * read * read
+        here.put(place.pairs, -(ratios * ratios) * asked)
+        later = whole.across(numbers.faded) - whole.along(numbers.faded)
+        later = jnp.exp(jnp.minimum(later, 0))
+        later = jnp.where(whole.i <= whole.j, later, jnp.zeros_like(later))
+        mosaic.commit_smem()
+        right = [place.pairs.at[piece, :, here.columns] for piece in range(PIECES)]
+        between = here.multiply(pairs(pieces(later, PIECES), right, PIECES))
+        since = here.along(numbers.before) - here.across(numbers.faded)
+        between = between * jnp.exp(jnp.minimum(since, 0))
+        leave_sum(between_out, jnp.where(here.i > here.j, between, jnp.zeros_like(between)))
+        if wide:
+            mosaic.meet(place.met, interpret)
+            fetch_next()
+        return carry
+
+    steps = -(-chunks // parts)
+    lax.fori_loop(0, steps, through_chunk, None)
 
 
 def of_kept(
-    head: Any,
-    kept: dict[str, Array],
-    found: dict[str, Array],
-    numbers: Any,
-    ratios: Float[Array, "chunk token token"],
-    of_added: Float[Array, "chunk token"],
+    head: Any, found: dict[str, Array], numbers: Numbers, of_added: Float[Array, "chunk token"]
 ) -> Float[Array, " time"]:
     """λ̄ of one head.
 
     Args:
         head: what it filters (`kernels.exact.Head`).
-        kept: what the forward pass has kept.
-        found: what the recursion has left (`reverse.asked_of_kept`).
-        numbers: of every token (`matrices.Numbers`).
-        ratios: decay of the mean between tokens.
+        found: what the recursion (`reverse.asked_of_kept`) and `asked` have left.
+        numbers: of every token.
         of_added: cotangent of the variance added before each write.
     """
-    width = head.key.shape[-1]
 
     def by_chunk(array):
-        return array.reshape(-1, CHUNK, *array.shape[1:])
+        return array.reshape(-1, CHUNK)
 
-    key, query = (by_chunk(part.astype(jnp.float32)) for part in (head.key, head.query))
-    moved, of_tied = by_chunk(kept["whitened"][:, :width]), by_chunk(found["tied"])
-    alpha, drift, end, of_variance, faded, entered = map(
-        by_chunk,
-        (
-            numbers.alpha,
-            numbers.drift,
-            numbers.end,
-            numbers.of_variance,
-            numbers.faded,
-            found["entered"],
-        ),
-    )
-    written, read, asked = (exact_product(part, moved.mT) for part in (key, query, of_tied))
-    pairs = -(ratios**2) * (written * asked + of_variance[..., None] * read**2)
-    at_end = jnp.sum(exact_product(moved, found["ends"]) * moved, axis=-1)
-    start = kept["covariances"].astype(jnp.float32).sum(axis=1)
-    through = alpha[:, -1] ** 2 * jnp.sum(start * found["ends"], axis=(-2, -1))
-    # The chunk's start is a token before the others, its end one after them.
-    earlier = jnp.concatenate([(alpha**2 * entered)[..., None], pairs], axis=-1)
-    last = jnp.concatenate([through[:, None], -(end**2) * at_end], axis=-1)
-    every = jnp.concatenate([earlier, last[:, None]], axis=1)
-    within = kept_within(faded)
-    lower = jnp.tril(jnp.ones((CHUNK, CHUNK), jnp.float32))
-    later = within * lower
-    later = jnp.concatenate([later, later[:, -1:]], axis=1)  # (u or end, t), for u ≥ t
-    since = jnp.concatenate([jnp.exp(faded)[..., None], within * lower], axis=-1)
-    none = jnp.zeros_like(since[:, :1]).at[..., 0].set(1)
-    since = jnp.concatenate([none, since[:, :-1]], axis=1)  # (t, start or s), for s ≤ t − 1
-    crossed = jnp.sum(exact_product(later.mT, every) * since, axis=-1)
-    before = jnp.pad(drift, [(0, 0), (1, 0)])[:, :-1]
+    def token_before(array):
+        return jnp.pad(array, [(0, 0), (1, 0)])[:, :-1]
+
+    faded, alpha = by_chunk(numbers.faded), by_chunk(numbers.alpha)
+    within = jnp.tril(kept_within(faded))
+    entered = by_chunk(found["entered"]).at[:, -1].add(found["through"].sum(axis=-1))
+    from_start = jnp.sum(within * (alpha**2 * entered)[..., None], axis=-2)
+    to_end = -(by_chunk(numbers.end) ** 2) * by_chunk(found["end"])
+    to_end = token_before(jnp.sum(within * to_end[:, None], axis=-1))
+    crossed = from_start * jnp.exp(token_before(faded)) + within[:, -1] * to_end
     decay = jnp.where(by_chunk(head.starts), 0, jnp.exp(2 * by_chunk(head.log_decay)))
-    return (crossed + of_added * decay * before).reshape(-1)
+    drifted = of_added * decay * token_before(by_chunk(numbers.drift))
+    return (by_chunk(found["between"]) + crossed + drifted).reshape(-1)

@@ -156,19 +156,21 @@ def recur(
 def asked_of_kept(rows: int, time: int, width: int) -> dict[str, tuple[tuple[int, ...], Any]]:
     """What is left of a restored covariance for λ's cotangent.
 
-    `tied` is Ē; `ends`, P̄' of every chunk; `entered`, ē·P k + v̄ x·P x with the chunk's own P.
+    `tied` is Ē; `ends`, P̄' of every chunk in pieces; `entered`, ē·P k + v̄ x·P x with the chunk's
+    own P; `through` sums to ⟨P, P̄'⟩.
     """
-    f32 = jnp.float32
+    f32, chunks = jnp.float32, time // CHUNK
     return {
         "tied": ((rows, time, width), f32),
-        "ends": ((rows, time // CHUNK, width, width), f32),
+        "ends": ((rows, chunks, PIECES, width, width), jnp.bfloat16),
         "entered": ((rows, SHARES, time), f32),
+        "through": ((rows, SHARES, chunks, width), f32),
     }
 
 
 def joined(found: dict[str, Array]) -> dict[str, Array]:
     """Sums of which each warpgroup has left its own share."""
-    shared = {"noise", "drift", "moved", "trace", "scale", "entered"} & found.keys()
+    shared = {"noise", "drift", "moved", "trace", "scale", "entered", "through"} & found.keys()
     return found | {name: found[name].sum(axis=1) for name in shared}
 
 
@@ -237,12 +239,13 @@ def _recur(*refs, names, places, chunks, interpret):
         since, kept = here.since(numbers), numbers.alpha[CHUNK - 1]
         through = kept * kept
         if numbers.faded is not None:
-            out["ends"].at[row, c, :, here.columns][...] = of_covariance_end
             through = through * jnp.exp(numbers.faded[CHUNK - 1])
         here.put(held.of_means.ref, of_mean_end)
         here.put(held.of_covariances.ref, of_covariance_end)
         memory.wait("handed")
         held = memory.next_phase(slot)
+        if numbers.faded is not None:
+            mosaic.copy_out(held.of_covariances.ref.at[share], out["ends"].at[row, c, share])
         of_value = here.load(of_value_in.at[row, c])
         cotangent = here.load(of_mean.at[row, tokens])
 
@@ -292,6 +295,9 @@ def _recur(*refs, names, places, chunks, interpret):
 
         carried, plain_key = here.beside(leave_joint, (held.keys, held.covariance))
         tied = since * carried + added * plain_key
+        if numbers.faded is not None:
+            # The next chunk's Θ is copied to where P̄' lies.
+            mosaic.wait_out(0, wait_read_only=True)
         held = memory.next_phase(slot)
         memory.wait("queries_there")
 
@@ -330,7 +336,10 @@ def _recur(*refs, names, places, chunks, interpret):
         def find_start():
             of_covariance_start = through * of_covariance_end + 0.5 * doubled
             scale = here.plain(held.mean.ref) * of_mean_start
-            leave_sum("scale", scale + 2 * here.plain(held.covariance.ref) * of_covariance_start)
+            covariance = here.plain(held.covariance.ref)
+            leave_sum("scale", scale + 2 * covariance * of_covariance_start)
+            if numbers.faded is not None:
+                leave_sum("through", covariance * of_covariance_end)
             leave_sum("trace", here.diagonal(of_covariance_start))
             return of_covariance_start
 

@@ -156,7 +156,6 @@ def _recur(*refs, names, places, chunks, interpret):
         kept = numbers.alpha[CHUNK - 1]
         through = kept * kept
         if numbers.faded is not None:
-            out["ends"].at[row, c, :, broad.columns][...] = of_covariance_end
             through = through * jnp.exp(numbers.faded[CHUNK - 1])
         # Indices too: what is known of diagonals would be kept from before the loop.
         anew = partial(Share, share + opaque_zero(place["vectors"], 0), interpret=interpret)
@@ -165,6 +164,8 @@ def _recur(*refs, names, places, chunks, interpret):
         broad.put(here.states.ref, of_mean_end)
         square.put(here.squares.ref, of_covariance_end)
         here = next_phase()
+        if numbers.faded is not None:
+            mosaic.copy_out(here.squares.ref.at[share], out["ends"].at[row, c, share])
 
         def bring_tokens():
             @pl.when(share == 0)
@@ -182,6 +183,8 @@ def _recur(*refs, names, places, chunks, interpret):
         of_value = small.load(of_value_in.at[row, c]) + small.times((here.weights, here.states.T))
         leave("value", of_value, small)
         of_tied = broad.along(numbers.end) * (guided - 2 * spread)
+        if numbers.faded is not None:
+            mosaic.wait_out(0, wait_read_only=True)
         here = next_phase()
 
         @pl.when(share == 0)
@@ -256,8 +259,10 @@ def _recur(*refs, names, places, chunks, interpret):
         crossed = (here.keys.T, here.weights), (here.weights.T, here.keys)
         of_covariance_start = square.times(*crossed, (here.queries.T, here.lower))
         of_covariance_start = through * of_covariance_end + of_covariance_start
-        scale = 2 * square.plain(covariances.at[row, c]) * of_covariance_start
-        leave_sum("scale", scale, c, pl.ds(0, width))
+        covariance = square.plain(covariances.at[row, c])
+        leave_sum("scale", 2 * covariance * of_covariance_start, c, pl.ds(0, width))
+        if numbers.faded is not None:
+            leave_sum("through", covariance * of_covariance_end, c)
         leave_sum("trace", square.diagonal(of_covariance_start), c)
         meet()
         return of_mean_start, of_covariance_start
