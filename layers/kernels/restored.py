@@ -34,11 +34,12 @@ from jaxtyping import Array, Float
 from . import mosaic
 from .blocks import kept_within
 from .forward import CHUNK, WIDTH
-from .matrices import PIECES, SHARES, SQUARE, Numbers, Pieces, Share
+from .matrices import PIECES, SHARES, SQUARE, Numbers, Pieces, Share, opaque_zero
 from .mosaic import pairs, pieces
 
-_NUMBERS = "total", "document", "of_variance", "faded", "before"
-"""Numbers a token; the last is log λ, summed until the token before."""
+_NUMBERS = "total", "of_variance", "document", "faded", "before"
+"""Numbers a token; the last is log λ, summed until the token before. `document` is where
+`opaque_zero` looks for a number that is never negative."""
 
 
 def asked(
@@ -111,6 +112,7 @@ def _asked(*refs, places, chunks, parts, interpret):
         return jnp.minimum(part + step * parts, chunks - 1)
 
     def fetch(step, slot):
+        """Each warpgroup starts half of the copies: one alone would stand still for them."""
         chunk = at(step)
         tokens = pl.ds(chunk * CHUNK, CHUNK)
         copies = [(numbers_in.at[row, chunk], place.vectors.at[slot])]
@@ -120,15 +122,18 @@ def _asked(*refs, places, chunks, parts, interpret):
         for piece in range(PIECES):
             copies.append((ends.at[row, chunk, piece], place.ends.at[slot, piece]))
         rows = whitened.at[row, tokens, every], tied_in.at[row, tokens]
-        if wide:
-            for source in rows:
-                mosaic.prefetch(source, interpret)
-        else:
+        if not wide:
             copies += zip(rows, (place.rows.at[slot], place.tied.at[slot]), strict=True)
-        for source, spot in copies:
-            mosaic.copy_in(source, spot, place.arrived)
+        for turn in range(SHARES):
 
-    pl.when(share == 0)(lambda: fetch(0, 0))
+            @pl.when(share == turn)
+            def _(turn=turn):
+                for source, spot in copies[turn::SHARES]:
+                    mosaic.copy_in(source, spot, place.arrived)
+                if wide:
+                    mosaic.prefetch(rows[turn], interpret)
+
+    fetch(0, 0)
 
     def through_chunk(step, carry):
         slot = 0 if wide else lax.rem(step, 2)
@@ -138,10 +143,10 @@ def _asked(*refs, places, chunks, parts, interpret):
             ref.at[row, share, tokens][...] = jnp.sum(matrix, axis=1)
 
         def fetch_next():
-            following = jnp.logical_and(share == 0, step + 1 < steps)
-            pl.when(following)(lambda: fetch(step + 1, 0 if wide else 1 - slot))
+            pl.when(step + 1 < steps)(lambda: fetch(step + 1, 0 if wide else 1 - slot))
 
         mosaic.barrier_wait(place.arrived)
+        only = slot + opaque_zero(place.vectors, slot)
         numbers = SimpleNamespace(
             **{name: place.vectors.at[slot, index] for index, name in enumerate(_NUMBERS)}
         )
@@ -149,32 +154,36 @@ def _asked(*refs, places, chunks, parts, interpret):
             rows, tied_rows = whitened.at[row, tokens, every], tied_in.at[row, tokens]
         else:
             rows, tied_rows = place.rows.at[slot], place.tied.at[slot]
-        keys, queries, moved, of_end = (
-            Pieces(ref.at[slot]) for ref in (place.keys, place.queries, place.moved, place.ends)
-        )
+        operands = place.keys, place.queries, place.moved, place.ends
+        keys, queries, moved, of_end = (Pieces(ref.at[only]) for ref in operands)
         own = broad.load(rows)
         broad.put(moved.ref, own)
         mosaic.meet(place.met, interpret)
-        if not wide:
-            fetch_next()
-        ending, ratios = broad.beside(lambda: here.ratios(numbers), (moved, of_end))
-        leave_sum(end_out, ending * own)
-        written = here.times((keys, moved.T))
+
+        def begin():
+            if not wide:
+                fetch_next()
+            return here.ratios(numbers)
+
+        def find_later():
+            later = whole.across(numbers.faded) - whole.along(numbers.faded)
+            later = jnp.exp(jnp.minimum(later, 0))
+            return pieces(jnp.where(whole.i <= whole.j, later, jnp.zeros_like(later)), PIECES)
+
+        ending, ratios = broad.beside(begin, (moved, of_end))
+        written, _ = here.beside(lambda: leave_sum(end_out, ending * own), (keys, moved.T))
         asked = mosaic.zeros(here.shape)
         for first in range(0, width, WIDTH):
             columns = pl.ds(first, WIDTH)
             tied = pieces(mosaic.load(tied_rows.at[:, columns]), PIECES)
             right = Pieces(moved.ref.at[:, :, columns]).T.right(here.columns)
             asked = asked + here.multiply(pairs(tied, right, PIECES))
-        read = here.times((queries, moved.T))
+        read, later = here.beside(find_later, (queries, moved.T))
         asked = written * asked + here.along(numbers.of_variance) * read * read
         here.put(place.pairs, -(ratios * ratios) * asked)
-        later = whole.across(numbers.faded) - whole.along(numbers.faded)
-        later = jnp.exp(jnp.minimum(later, 0))
-        later = jnp.where(whole.i <= whole.j, later, jnp.zeros_like(later))
         mosaic.commit_smem()
-        right = [place.pairs.at[piece, :, here.columns] for piece in range(PIECES)]
-        between = here.multiply(pairs(pieces(later, PIECES), right, PIECES))
+        own_pairs = [place.pairs.at[piece, :, here.columns] for piece in range(PIECES)]
+        between = here.multiply(pairs(later, own_pairs, PIECES))
         since = here.along(numbers.before) - here.across(numbers.faded)
         between = between * jnp.exp(jnp.minimum(since, 0))
         leave_sum(between_out, jnp.where(here.i > here.j, between, jnp.zeros_like(between)))

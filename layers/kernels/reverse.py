@@ -282,9 +282,14 @@ def _recur(*refs, names, places, chunks, interpret):
                 bring_mean, (held.squares, held.weights.T), (held.weights, held.squares.T)
             )
         else:
-            between, _ = here.beside(bring_mean, (held.squares, held.weights.T))
-            between = here.lasting(numbers) * between
-            between = between + here.times((held.weights, held.squares.T))
+
+            def find_between():
+                bring_mean()
+                lasting = here.lasting(numbers)
+                return lasting, here.times((held.weights, held.squares.T))
+
+            between, (lasting, later) = here.beside(find_between, (held.squares, held.weights.T))
+            between = lasting * between + later
         memory.wait("keys_there")
 
         def leave_joint():
