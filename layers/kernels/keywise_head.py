@@ -21,19 +21,22 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from layers.chunks import (
+    Decay,
     accumulated,
     decayed_products,
+    decayed_sums,
     from_start,
     to_end,
     whole,
     within_chunk,
 )
-from layers.precision import exact_product
-from layers.triangular import triangular_inverse
 
-from .forward import CHUNK
+from .forward import CHUNK, split
 from .head import Filtered, Head, over_rows
 from .keywise import filter_keywise, prepare
+from .keywise_reverse import recur
+from .local import local_of_factors
+from .matrices import PIECES, Numbers
 
 AT_ONCE = 8
 """Chunks of every head whose rates, a number for each pair of tokens and key, exist together."""
@@ -69,190 +72,135 @@ def _run(head: Head, values: int, interpret: bool, save: bool):
 def _forward(head: Head, values: int, interpret: bool):
     out, found = _run(head, values, interpret, save=True)
     kept = {name: found[name] for name in ("whitened", "inverse_deviation", "covariances", "means")}
-    return out, (head, kept)
+    return out, (head, kept, out.last_covariance, out.last_mean)
 
 
 class _Tokens(NamedTuple):
-    """A chunk's inputs; with a leading axis, every chunk's."""
+    """A chunk's inputs that have rates; with a leading axis, every chunk's."""
 
     key: Array
-    value: Array
     query: Array
     log_decay: Array
+    starts: Array
     added: Array
 
-
-class _Known(NamedTuple):
-    """What a chunk knows of itself before cotangents of its end are known."""
-
-    inverse: Array  # L⁻¹
-    read: Array  # R
-    weights: Array  # B
-    explained: Array  # Θ
-    of_surprise: Array  # W̄
-    of_read: Array  # R̄
-    closed: Array  # Ψ
-    seen: Array  # Λ
-    of_mean: Array  # what its own readings ask of M
-    of_covariance: Array  # and of P
+    def decay(self) -> Decay:
+        return within_chunk(self.log_decay, self.starts)
 
 
-def _made(tokens: _Tokens, starts, covariance, mean):
-    """A chunk's joint covariances, expected means, and what its end is without its values."""
-    decay = within_chunk(tokens.log_decay, starts)
-    key, query = (from_start(rows, decay) for rows in (tokens.key, tokens.query))
-    drift = accumulated(tokens.added, decay)
-    carried, drifted = exact_product(key, covariance), drift * tokens.key
-    joint = exact_product(carried, key.T) + decayed_products(tokens.key, drifted, decay)
-    asked = exact_product(query, carried.T) + decayed_products(tokens.query, drifted, decay)
-    end = to_end(from_start(carried, decay) + drifted, decay)
-    variance = jnp.sum(exact_product(query, covariance) * query + drift * tokens.query**2, axis=-1)
-    kept = whole(decay, covariance)
-    return (
-        joint,
-        asked,
-        end,
-        tokens.value - exact_product(key, mean.T),
-        exact_product(query, mean.T),
-        variance,
-        mean * kept,
-        kept[:, None] * covariance * kept + jnp.diag(drift[-1]),
-    )
-
-
-def _known(
-    values: int, tokens: _Tokens, starts, whitened, scale, of_output, of_variance, of_evidence
-) -> _Known:
-    decay = within_chunk(tokens.log_decay, starts)
-    width = tokens.key.shape[-1]
+def _factors(tokens: _Tokens, whitened: Array) -> tuple[Array, ...]:
+    """k̃, x̃, α_C, L and R of a chunk, and ε∘U beside W."""
+    decay, width = tokens.decay(), tokens.key.shape[-1]
     moved, surprise = whitened[:, :width], whitened[:, width:]
-    factor = jnp.tril(decayed_products(tokens.key, moved, decay), -1) + jnp.diag(1 / scale)
-    inverse = triangular_inverse(factor)
-    read = decayed_products(tokens.query, moved, decay)
-    weights = exact_product(inverse.T, to_end(moved, decay))
-    explained = exact_product(inverse.T, surprise)
-    of_surprise = exact_product(read.T, of_output) - of_evidence[:, None] * surprise
-    of_read = jnp.tril(exact_product(of_output, surprise.T) - 2 * of_variance[:, None] * read)
-    key, query = (from_start(rows, decay) for rows in (tokens.key, tokens.query))
-    closed = jnp.diag(whole(decay, key)) - exact_product(key.T, weights)
-    evidence = values * jnp.diag(of_evidence)
-    of_joint = _of_joint(inverse, read, surprise, of_surprise, of_read, evidence)
-    of_mean = exact_product(of_output.T, query)
-    of_mean = of_mean - exact_product(exact_product(inverse.T, of_surprise).T, key)
-    crossed = exact_product(of_joint, key)
-    crossed = exact_product(key.T, crossed) + exact_product(
-        exact_product(query.T, exact_product(of_read, inverse)), key
-    )
-    squared = exact_product(query.T, of_variance[:, None] * query)
-    return _Known(
-        inverse,
-        read,
-        weights,
-        explained,
-        of_surprise,
-        of_read,
-        closed,
-        exact_product(explained.T, key),
-        of_mean,
-        (crossed + crossed.T) / 2 + squared,
+    return (
+        from_start(tokens.key, decay),
+        from_start(tokens.query, decay),
+        jnp.broadcast_to(whole(decay, moved), (width,)),
+        decayed_products(tokens.key, moved, decay),
+        decayed_products(tokens.query, moved, decay),
+        jnp.concatenate([to_end(moved, decay), surprise], axis=-1),
     )
 
 
-def _of_joint(inverse, read, surprise, of_surprise, of_read, evidence):
-    """Ĝ of a chunk's own readings: the lower triangle, off the diagonal doubled."""
-    inner = exact_product(of_surprise, surprise.T) + exact_product(of_read.T, read)
-    inner = _halved(inner)
-    inner = inner + inner.T + evidence
-    return -_halved(exact_product(exact_product(inverse.T, inner), inverse))
+def _of_drift(
+    tokens: _Tokens, of_variance, joint, read, of_key, of_query, of_end, of_drift_end, at_end
+) -> tuple[Array, ...]:
+    """Cotangents of a chunk's keys, queries, log decays and added variances."""
+    key, query, decay = tokens.key, tokens.query, tokens.decay()
+    drift, of_accumulated = jax.vjp(lambda added: accumulated(added, decay), tokens.added)
+
+    def asked(weights, rows):
+        (found,) = jax.vjp(lambda tied: decayed_sums(weights, tied, decay), key)[1](rows)
+        return found
+
+    tied = asked(joint, key) + asked(read, query) + to_end(of_end, decay)
+    of_variance = of_variance[:, None]
+    of_key = from_start(of_key, decay) + decayed_sums(joint, drift * key, decay) + drift * tied
+    of_query = from_start(of_query, decay) + decayed_sums(read, drift * key, decay)
+    of_query = of_query + 2 * of_variance * drift * query
+    of_drift = key * tied + of_variance * query**2
+    (of_added,) = of_accumulated(of_drift.at[-1].add(of_drift_end))
+    moved = key * of_key + query * of_query - 2 * tokens.added * of_added
+    of_log_decay = jnp.flip(jnp.cumsum(jnp.flip(moved, 0), axis=0), 0) + at_end
+    return of_key, of_query, jnp.where(tokens.starts[:, None], 0, of_log_decay), of_added
 
 
-def _halved(square):
-    """The lower triangle, its diagonal halved."""
-    return jnp.tril(square) - jnp.diag(jnp.diagonal(square)) / 2
-
-
-def _of_chunk(
-    values: int, tokens, starts, surprise, known: _Known, states, of_said, of_end
-) -> tuple[_Tokens, Array]:
-    """Cotangents of a chunk's inputs, and of its noise, given those of its end."""
-    of_output, of_variance, of_evidence = of_said
-    of_mean_end, of_covariance_end = of_end
-    guided = exact_product(known.explained, of_mean_end)
-    spread = exact_product(known.weights, of_covariance_end)
-    of_value = exact_product(known.inverse.T, known.of_surprise)
-    of_value = of_value + exact_product(known.weights, of_mean_end.T)
-    of_joint = _of_joint(
-        known.inverse,
-        known.read,
-        surprise,
-        known.of_surprise,
-        known.of_read,
-        values * jnp.diag(of_evidence),
-    )
-    between = exact_product(guided - spread, known.weights.T)
-    of_joint = of_joint - _halved(between + between.T)
-    cotangents = (
-        of_joint,
-        jnp.tril(exact_product(known.of_read, known.inverse)),
-        guided - 2 * spread,
-        of_value,
-        of_output,
-        of_variance,
-        of_mean_end,
-        of_covariance_end,
-    )
-    _, pull = jax.vjp(lambda tokens: _made(tokens, starts, *states), tokens)
-    (of_tokens,) = pull(cotangents)
-    return of_tokens, jnp.diagonal(of_joint)
+def _reverse_rows(values: int, interpret: bool, number: int, given: dict[str, Any], lasts):
+    del number
+    tokens = (split(given[name], PIECES) for name in ("key", "query"))
+    numbers = Numbers(**{name: given[name] for name in Numbers._fields[:-1]}).by_chunk()
+    told = given["of_mean"], numbers
+    factors = given["joint"], given["asked"]
+    found = local_of_factors(factors, given["moved"], *told, values=values, interpret=interpret)
+    states = given["means"], given["covariances"]
+    got = recur(*tokens, *told, found, *states, *lasts, interpret=interpret)
+    return got | {"read": found[2].astype(jnp.float32).sum(axis=2)}
 
 
 def _backward(values: int, interpret: bool, residuals, of: Filtered):
-    del interpret
-    head, kept = residuals
+    head, kept, last_covariance, last_mean = residuals
 
     def by_chunk(array):
         return array.reshape(-1, CHUNK, *array.shape[1:])
 
+    def by_token(array):
+        return array.reshape(-1, *array.shape[2:])
+
     def over_chunks(function, *arrays):
         return jax.lax.map(lambda chunk: function(*chunk), arrays, batch_size=AT_ONCE)
 
-    tokens = _Tokens(*map(by_chunk, (head.key, head.value, head.query, head.log_decay, head.added)))
-    starts, whitened, scale = map(
-        by_chunk, (head.starts, kept["whitened"], kept["inverse_deviation"])
+    tokens = _Tokens(
+        *map(by_chunk, (head.key, head.query, head.log_decay, head.starts, head.added))
     )
-    of_said = tuple(map(by_chunk, (of.mean, of.variance, of.log_evidence)))
-    known = over_chunks(partial(_known, values), tokens, starts, whitened, scale, *of_said)
-    of_last = (of.last_covariance + of.last_covariance.T) / 2
-
-    def body(of_end, chunk: _Known):
-        of_mean, of_covariance = of_end
-        turned = exact_product(of_mean, chunk.closed.T)
-        carried = exact_product(exact_product(chunk.closed, of_covariance), chunk.closed.T)
-        crossed = exact_product(chunk.seen.T, turned)
-        of_start = (
-            turned + chunk.of_mean,
-            carried + (crossed + crossed.T) / 2 + chunk.of_covariance,
-        )
-        return of_start, of_end
-
-    first, of_ends = jax.lax.scan(body, (of.last_mean, of_last), known, reverse=True)
-    states = tuple(kept[name].astype(jnp.float32).sum(axis=1) for name in ("covariances", "means"))
-    surprise = whitened[..., head.key.shape[-1] :]
-    found, of_noise = over_chunks(
-        partial(_of_chunk, values), tokens, starts, surprise, known, states, of_said, of_ends
+    key, query, fade, joint, asked, moved = over_chunks(
+        _factors, tokens, by_chunk(kept["whitened"])
     )
-    key, value, query, log_decay, added = (part.reshape(-1, *part.shape[2:]) for part in found)
+    zero = jnp.zeros_like(of.variance)
+    given = {
+        "key": by_token(key),
+        "query": by_token(query),
+        "joint": joint,
+        "asked": asked,
+        "moved": by_token(moved),
+        "of_mean": of.mean,
+        **dict.fromkeys(("total", "document", "drift", "end"), zero),
+        "alpha": fade.reshape(-1),
+        "of_variance": of.variance,
+        "of_evidence": of.log_evidence,
+        **{name: kept[name] for name in ("inverse_deviation", "means", "covariances")},
+    }
+    of_lasts = of.last_mean, (of.last_covariance + of.last_covariance.T) / 2
+    found = over_rows(partial(_reverse_rows, values, interpret), of=0)(given, of_lasts)
+    of_last_mean, of_last_covariance = of_lasts
+    means = kept["means"].astype(jnp.float32).sum(axis=1)
+    scale = jnp.sum(means * found["means"], axis=-2) + found["scale"]
+    at_last = jnp.sum(last_mean * of_last_mean, axis=0)
+    at_last = at_last + 2 * jnp.sum(last_covariance * of_last_covariance, axis=0)
+
+    def at_ends(starts: Array, last: Array) -> Array:
+        return jnp.append(starts[1:], last[None], axis=0)
+
+    of_key, of_query, of_log_decay, of_added = over_chunks(
+        _of_drift,
+        tokens,
+        by_chunk(of.variance),
+        found["joint"],
+        found["read"],
+        *(by_chunk(found[name]) for name in ("key", "query", "ends")),
+        at_ends(found["trace"], jnp.diagonal(of_last_covariance)),
+        at_ends(scale, at_last),
+    )
     return (
         Head(
-            key,
-            value,
-            query,
-            of_noise.reshape(-1),
-            log_decay,
+            by_token(of_key),
+            found["value"],
+            by_token(of_query),
+            found["noise"],
+            by_token(of_log_decay),
             None,  # type: ignore[arg-type]
-            added,
-            first[1],
-            first[0],
+            by_token(of_added),
+            found["first_covariance"],
+            found["means"][0],
         ),
     )
 

@@ -49,7 +49,36 @@ def local(
         what readings ask of values and of the joint covariance (the lower triangle, times ρ) in
         float32 (row, chunk, 64, 64).
     """
-    rows, depth, time, width = key.shape
+    return _run((key, query), whitened, of_mean, numbers, values, interpret)
+
+
+def local_of_factors(
+    factors: tuple[Float[Array, "row chunk token token"], Float[Array, "row chunk token token"]],
+    moved: Float[Array, "row time both"],
+    of_mean: Float[Array, "row time value"],
+    numbers: Float[Array, "row chunk number token"],
+    *,
+    values: int = WIDTH,
+    interpret: bool = False,
+) -> tuple[Array, ...]:
+    """The same, where rates are per key: nothing found is then multiplied by ratios.
+
+    Args:
+        factors: L, of which the diagonal is not read, and R.
+        moved: ε∘U and W.
+        of_mean: cotangent of read-outs.
+        numbers: of every token.
+        values: how many of a token's values are seen.
+        interpret: whether to run the kernel's simulation on a CPU.
+    """
+    return _run(factors, moved, of_mean, numbers, values, interpret)
+
+
+def _run(sources, whitened, of_mean, numbers, values: int, interpret: bool) -> tuple[Array, ...]:
+    rows, time = whitened.shape[:2]
+    width = whitened.shape[-1] - WIDTH
+    factored = sources[0].dtype == jnp.float32
+    depth = 1 if factored else sources[0].shape[1]
     chunks = time // CHUNK
     wide = width > WIDTH
     broad = CHUNK, width
@@ -64,6 +93,8 @@ def local(
     operand = mosaic.SMEM((1, PIECES, *SQUARE), jnp.bfloat16, transforms=form)
     moved = mosaic.SMEM((1, PIECES, *broad), jnp.bfloat16, transforms=form)
     given = mosaic.SMEM((1, depth, *broad), jnp.bfloat16, transforms=form)
+    if factored:
+        given = mosaic.SMEM((1, 1, *SQUARE), jnp.float32, transforms=mosaic.ENTRIES)
     told = [
         mosaic.SMEM((CHUNK, columns), jnp.float32, transforms=mosaic.ENTRIES)
         for columns in ([] if wide else [width + WIDTH, WIDTH])
@@ -87,12 +118,12 @@ def local(
         interpret,
         reduction_bytes=16,
     )
-    return run(key, query, whitened, of_mean, numbers)
+    return run(*sources, whitened, of_mean, numbers)
 
 
 def _local(
-    key,
-    query,
+    first,
+    second,
     whitened,
     of_mean,
     numbers_in,
@@ -112,7 +143,7 @@ def _local(
     here = Share(share, WIDTH // SHARES, interpret)
     keys_in, queries_in, vectors, blocks, arrived, met, moved, *operands = scratch
     width = keys_in.shape[-1]
-    wide = width > WIDTH
+    wide, factored = width > WIDTH, keys_in.dtype == jnp.float32
     # Rows of the next chunk are copied to shared memory where it has room for them.
     told = [] if wide else [operands.pop(-2), operands.pop()]
     # A share of what has a column a key.
@@ -130,10 +161,11 @@ def _local(
 
     def fetch(chunk, slot):
         mosaic.copy_in(numbers_in.at[row, chunk], vectors.at[slot], arrived)
-        for source, target in ((key, keys_in), (query, queries_in)):
+        for source, target in ((first, keys_in), (second, queries_in)):
             for piece in range(target.shape[1]):
-                tokens = source.at[row, piece, pl.ds(chunk * CHUNK, CHUNK)]
-                mosaic.copy_in(tokens, target.at[0, piece], arrived)
+                tokens = row, piece, pl.ds(chunk * CHUNK, CHUNK)
+                part = source.at[(row, chunk) if factored else tokens]
+                mosaic.copy_in(part, target.at[0, piece], arrived)
 
     def tell(chunk, which):
         source = (whitened, of_mean)[which].at[tokens_of(chunk)]
@@ -173,7 +205,8 @@ def _local(
         keys, queries, moved_by, *places = map(Pieces, place)
         # Each place holds in turn: a, R̄ and ρ∘H̄; b, W, what joins blocks of 16, L⁻¹; c, W̄ and B;
         # d, R, inverses of blocks of 32, L⁻ᵀ times what is within, Θ; e, U, inverses of blocks of
-        # 16, what joins those of 32, εU; f, Ȳ, L, what is within Ḡ, W.
+        # 16, what joins those of 32, εU; f, Ȳ, L, what is within Ḡ, W. Where L and R are given they
+        # are in place of keys and queries, and εU in that of U.
         a, b, c, d, f, *others = places
         e = Pieces(place[2].at[:, :, :WIDTH]) if wide else moved_by
         # L⁻¹ with λ besides, where covariances are restored.
@@ -182,21 +215,26 @@ def _local(
         if wide:
             wait_for_outputs()
             meet()
-        broad.put(moved_by.ref, broad.load(rows))
+        if not factored:
+            broad.put(moved_by.ref, broad.load(rows))
         here.put(b.ref, surprises())
         here.put(f.ref, here.load(asked))
         if not wide:
             wait_for_outputs()
         meet()
-        factor, ratios = here.beside(lambda: here.ratios(numbers), (keys, moved_by.T))
-        factor = factor * ratios
 
-        def invert_blocks():
+        def invert_blocks(factor):
             blocks.at[:, here.columns][...] = factor
             mosaic.invert_blocks(blocks, numbers.inverse_deviation, here.first, interpret)
 
-        read, _ = here.beside(invert_blocks, (queries, moved_by.T))
-        read = read * ratios
+        if factored:
+            invert_blocks(here.load(keys.ref.at[0]))
+            read = here.load(queries.ref.at[0])
+        else:
+            factor, ratios = here.beside(lambda: here.ratios(numbers), (keys, moved_by.T))
+            factor = factor * ratios
+            read, _ = here.beside(lambda: invert_blocks(factor), (queries, moved_by.T))
+            read = read * ratios
         here.put(d.ref, read)
         meet()
 
@@ -261,7 +299,8 @@ def _local(
         meet()
 
         def put_faded():
-            broad.put(moved_by.ref, broad.along(numbers.end) * broad.load(rows))
+            moved = broad.load(rows)
+            broad.put(moved_by.ref, moved if factored else broad.along(numbers.end) * moved)
             return surprises()
 
         both = ((b.T, f), (b.T, f.T)) if numbers.faded is None else ((b.T, f),)
@@ -275,7 +314,7 @@ def _local(
 
         def put_surprise():
             here.put(f.ref, surprise)
-            return here.ratios(numbers)
+            return None if factored else here.ratios(numbers)
 
         # Ḡ is minus half the product, and its lower triangle off the diagonal counts twice.
         of_joint, ratios = here.beside(put_surprise, (d, lasting))
@@ -283,11 +322,14 @@ def _local(
             crossed = here.times((lasting.T, d.T))
             of_joint = of_joint + here.lasting(numbers) * crossed
 
+        def decayed(square):
+            return square if factored else square * ratios
+
         def leave_joint():
-            leave(of_joint_out, -here.halved(of_joint) * ratios)
+            leave(of_joint_out, decayed(-here.halved(of_joint)))
 
         of_read, _ = here.beside(leave_joint, (a, lasting))
-        of_read = of_read * ratios
+        of_read = decayed(of_read)
         of_value = here.times((b.T, c))
         weight, _ = broad.beside(lambda: leave(of_value_out, of_value), (b.T, moved_by))
         meet()

@@ -23,7 +23,10 @@ SQUARE = (CHUNK, WIDTH)
 
 
 class Numbers(NamedTuple):
-    """Numbers a token that the kernels take together, (row, time)."""
+    """Numbers a token that the kernels take together, (row, time).
+
+    Where rates are per key `alpha` is α_C of each key, and no other decay is read.
+    """
 
     total: Array  # log decay since the chunk's start
     document: Array  # how many documents have started since
