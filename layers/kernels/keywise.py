@@ -121,13 +121,18 @@ def prepare(
         by_token(alpha * queries),
         by_token(alpha),
         by_token(drifted),
-        jnp.where(starts[..., None], 0, jnp.exp(log_decay)),
+        decays(log_decay, starts),
         by_token(ratios[..., -1, :, :]),
         by_token(joint),
         by_token(asked),
         drift[..., -1, :],
         by_token(jnp.sum(drift * queries**2, axis=-1)),
     )
+
+
+def decays(log_decay: Rows, starts: Bool[Array, "*row time"]) -> Rows:
+    """A of each token; 0 where a document starts."""
+    return jnp.where(starts[..., None], 0, jnp.exp(log_decay))
 
 
 def filter_keywise(

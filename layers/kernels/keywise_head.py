@@ -1,45 +1,31 @@
-r"""One head of the filter with rates per key: the kernel forward, its gradient in XLA.
+r"""One head of the filter with rates per key, by kernels, and its gradient.
 
 In the notation of `kernels.reverse`, a chunk of 64 tokens is made of its states and rates by
-bilinear forms alone (`_made`): G and A, the joint covariances of values with values and with
-read-outs, F = ε∘E, and the means that are expected. What the forward pass has left, u, w and
-√s, gives the factor without another factorisation,
+bilinear forms alone: G and A, the joint covariances of values with values and with read-outs,
+F = ε∘E, and the means that are expected. What the forward pass has left, u, w and √s, gives the
+factor without another factorisation,
 
 $$ L_{ts} = k_t^\top \mathrm{diag}(\rho_{ts}) u_s,\quad
    R_{ts} = x_t^\top \mathrm{diag}(\rho_{ts}) u_s $$
-$$ B = L^{-\top}(\epsilon\circ U),\quad \Theta = L^{-\top} W $$
 
-and the cotangents of those forms are `kernels.reverse`'s Ĝ, H̄, F̄ and V̄. Their own derivatives are
-JAX's. Only the recursion across chunks, four products of K × K a chunk, is sequential.
+(`keywise_ratios.factors`), with which `local` finds what is asked of each chunk by itself, and
+`keywise_reverse.recur` passes through them. Ratios enter again in the chunk's own drift alone
+(`keywise_ratios.of_drift`).
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from layers.chunks import (
-    Decay,
-    accumulated,
-    decayed_products,
-    decayed_sums,
-    from_start,
-    to_end,
-    whole,
-    within_chunk,
-)
-
-from .forward import CHUNK, split
 from .head import Filtered, Head, over_rows
-from .keywise import filter_keywise, prepare
+from .keywise import decays, filter_keywise, prepare
+from .keywise_ratios import factors, of_drift
 from .keywise_reverse import recur
 from .local import local_of_factors
-from .matrices import PIECES, Numbers
-
-AT_ONCE = 8
-"""Chunks of every head whose rates, a number for each pair of tokens and key, exist together."""
+from .matrices import Numbers
 
 
 def filter_keywise_head(head: Head, values: int, interpret: bool = False) -> Filtered:
@@ -75,134 +61,83 @@ def _forward(head: Head, values: int, interpret: bool):
     return out, (head, kept, out.last_covariance, out.last_mean)
 
 
-class _Tokens(NamedTuple):
-    """A chunk's inputs that have rates; with a leading axis, every chunk's."""
-
-    key: Array
-    query: Array
-    log_decay: Array
-    starts: Array
-    added: Array
-
-    def decay(self) -> Decay:
-        return within_chunk(self.log_decay, self.starts)
-
-
-def _factors(tokens: _Tokens, whitened: Array) -> tuple[Array, ...]:
-    """k̃, x̃, α_C, L and R of a chunk, and ε∘U beside W."""
-    decay, width = tokens.decay(), tokens.key.shape[-1]
-    moved, surprise = whitened[:, :width], whitened[:, width:]
-    return (
-        from_start(tokens.key, decay),
-        from_start(tokens.query, decay),
-        jnp.broadcast_to(whole(decay, moved), (width,)),
-        decayed_products(tokens.key, moved, decay),
-        decayed_products(tokens.query, moved, decay),
-        jnp.concatenate([to_end(moved, decay), surprise], axis=-1),
-    )
-
-
-def _of_drift(
-    tokens: _Tokens, of_variance, joint, read, of_key, of_query, of_end, of_drift_end, at_end
-) -> tuple[Array, ...]:
-    """Cotangents of a chunk's keys, queries, log decays and added variances."""
-    key, query, decay = tokens.key, tokens.query, tokens.decay()
-    drift, of_accumulated = jax.vjp(lambda added: accumulated(added, decay), tokens.added)
-
-    def asked(weights, rows):
-        (found,) = jax.vjp(lambda tied: decayed_sums(weights, tied, decay), key)[1](rows)
-        return found
-
-    tied = asked(joint, key) + asked(read, query) + to_end(of_end, decay)
-    of_variance = of_variance[:, None]
-    of_key = from_start(of_key, decay) + decayed_sums(joint, drift * key, decay) + drift * tied
-    of_query = from_start(of_query, decay) + decayed_sums(read, drift * key, decay)
-    of_query = of_query + 2 * of_variance * drift * query
-    of_drift = key * tied + of_variance * query**2
-    (of_added,) = of_accumulated(of_drift.at[-1].add(of_drift_end))
-    moved = key * of_key + query * of_query - 2 * tokens.added * of_added
-    of_log_decay = jnp.flip(jnp.cumsum(jnp.flip(moved, 0), axis=0), 0) + at_end
-    return of_key, of_query, jnp.where(tokens.starts[:, None], 0, of_log_decay), of_added
-
-
-def _reverse_rows(values: int, interpret: bool, number: int, given: dict[str, Any], lasts):
-    del number
-    tokens = (split(given[name], PIECES) for name in ("key", "query"))
-    numbers = Numbers(**{name: given[name] for name in Numbers._fields[:-1]}).by_chunk()
-    told = given["of_mean"], numbers
-    factors = given["joint"], given["asked"]
-    found = local_of_factors(factors, given["moved"], *told, values=values, interpret=interpret)
-    states = given["means"], given["covariances"]
-    got = recur(*tokens, *told, found, *states, *lasts, interpret=interpret)
-    return got | {"read": found[2].astype(jnp.float32).sum(axis=2)}
-
-
 def _backward(values: int, interpret: bool, residuals, of: Filtered):
     head, kept, last_covariance, last_mean = residuals
-
-    def by_chunk(array):
-        return array.reshape(-1, CHUNK, *array.shape[1:])
-
-    def by_token(array):
-        return array.reshape(-1, *array.shape[2:])
-
-    def over_chunks(function, *arrays):
-        return jax.lax.map(lambda chunk: function(*chunk), arrays, batch_size=AT_ONCE)
-
-    tokens = _Tokens(
-        *map(by_chunk, (head.key, head.query, head.log_decay, head.starts, head.added))
-    )
-    key, query, fade, joint, asked, moved = over_chunks(
-        _factors, tokens, by_chunk(kept["whitened"])
-    )
-    zero = jnp.zeros_like(of.variance)
+    of_last_covariance = (of.last_covariance + of.last_covariance.T) / 2
     given = {
-        "key": by_token(key),
-        "query": by_token(query),
-        "joint": joint,
-        "asked": asked,
-        "moved": by_token(moved),
+        **kept,
+        "tokens": jnp.stack([head.key, head.query]),
+        "decay": decays(head.log_decay, head.starts),
+        "added": head.added,
         "of_mean": of.mean,
-        **dict.fromkeys(("total", "document", "drift", "end"), zero),
-        "alpha": fade.reshape(-1),
         "of_variance": of.variance,
         "of_evidence": of.log_evidence,
-        **{name: kept[name] for name in ("inverse_deviation", "means", "covariances")},
+        "of_last_mean": of.last_mean,
+        "of_last_covariance": of_last_covariance,
+        "of_last_drift": jnp.diagonal(of_last_covariance),
+        "of_last_decay": jnp.sum(last_mean * of.last_mean, axis=0)
+        + 2 * jnp.sum(last_covariance * of_last_covariance, axis=0),
     }
-    of_lasts = of.last_mean, (of.last_covariance + of.last_covariance.T) / 2
-    found = over_rows(partial(_reverse_rows, values, interpret), of=0)(given, of_lasts)
-    of_last_mean, of_last_covariance = of_lasts
-    means = kept["means"].astype(jnp.float32).sum(axis=1)
-    scale = jnp.sum(means * found["means"], axis=-2) + found["scale"]
-    at_last = jnp.sum(last_mean * of_last_mean, axis=0)
-    at_last = at_last + 2 * jnp.sum(last_covariance * of_last_covariance, axis=0)
-
-    def at_ends(starts: Array, last: Array) -> Array:
-        return jnp.append(starts[1:], last[None], axis=0)
-
-    of_key, of_query, of_log_decay, of_added = over_chunks(
-        _of_drift,
-        tokens,
-        by_chunk(of.variance),
-        found["joint"],
-        found["read"],
-        *(by_chunk(found[name]) for name in ("key", "query", "ends")),
-        at_ends(found["trace"], jnp.diagonal(of_last_covariance)),
-        at_ends(scale, at_last),
-    )
+    found = over_rows(partial(_reverse_rows, values, interpret), of=0)(given["whitened"], given)
+    of_key, of_query = found["tokens"]
+    of_added, of_log_decay = found["rates"]
     return (
         Head(
-            by_token(of_key),
+            of_key,
             found["value"],
-            by_token(of_query),
+            of_query,
             found["noise"],
-            by_token(of_log_decay),
+            jnp.where(head.starts[:, None], 0, of_log_decay),
             None,  # type: ignore[arg-type]
-            by_token(of_added),
+            of_added,
             found["first_covariance"],
-            found["means"][0],
+            found["first_mean"],
         ),
     )
+
+
+def _reverse_rows(
+    values: int, interpret: bool, number: int, whitened: Array, given: dict[str, Array]
+) -> dict[str, Array]:
+    tokens, rates = given["tokens"], (given["decay"], given["added"])
+    factored, faded, moved, ends = factors(tokens, rates[0], whitened, interpret=interpret)
+    told = {name: given[name] for name in ("of_variance", "of_evidence", "inverse_deviation")}
+    zero = dict.fromkeys(
+        ("total", "document", "drift", "end"), jnp.zeros_like(given["of_variance"])
+    )
+    alpha = ends[:, :, 0].reshape(number, -1)
+    asked = given["of_mean"], Numbers(alpha=alpha, **told, **zero).by_chunk()
+    found = local_of_factors(factored, moved, *asked, values=values, interpret=interpret)
+    states = (
+        given[name] for name in ("means", "covariances", "of_last_mean", "of_last_covariance")
+    )
+    got = recur(faded, *asked, found, *states, interpret=interpret)
+
+    def at_ends(starts: Array, last: Array) -> Array:
+        return jnp.concatenate([starts[:, 1:], last[:, None]], axis=1)
+
+    means = given["means"].astype(jnp.float32).sum(axis=2)
+    scale = jnp.sum(means * got["means"], axis=-2) + got["scale"]
+    of_last = [
+        at_ends(got["trace"], given["of_last_drift"]),
+        at_ends(scale, given["of_last_decay"]),
+    ]
+    of_tokens, of_rates = of_drift(
+        tokens,
+        *rates,
+        given["of_variance"],
+        got["weights"],
+        got["tokens"],
+        got["ends"],
+        jnp.stack(of_last, axis=2),
+        interpret=interpret,
+    )
+    return {
+        "tokens": of_tokens,
+        "rates": of_rates,
+        "first_mean": got["means"][:, 0],
+        **{name: got[name] for name in ("value", "noise", "first_covariance")},
+    }
 
 
 _filter_head.defvjp(_forward, _backward)

@@ -11,7 +11,7 @@ $$ \bar P = \alpha_C\alpha_C^\top\circ\bar P' + \mathrm{sym}(\tilde K^\top E
    + \bar v\tilde X^\top\tilde X). $$
 
 What the chunk's own drift asks, which needs ratios, is found from Ĝ, H̄ and F̄ by
-`kernels.keywise_head`. The layout is that of `reverse.recur`.
+`keywise_ratios.of_drift`. The layout is that of `reverse.recur`.
 """
 
 from functools import partial
@@ -30,8 +30,7 @@ SUMS = "noise", "trace", "scale"
 
 
 def recur(
-    key: Float[Array, "row piece time key"],
-    query: Float[Array, "row piece time key"],
+    tokens: Float[Array, "row two piece time key"],
     of_mean: Float[Array, "row time value"],
     numbers: Float[Array, "row chunk number token"],
     found: tuple[Array, ...],
@@ -45,8 +44,7 @@ def recur(
     """Pass through the chunks from the last to the first.
 
     Args:
-        key: k̃, in pieces.
-        query: x̃, in pieces.
+        tokens: k̃ and x̃, in pieces.
         of_mean: cotangent of read-outs.
         numbers: of every token (`matrices.Numbers`).
         found: what `local.local_of_factors` returns.
@@ -57,17 +55,19 @@ def recur(
         interpret: whether to run the kernel's simulation on a CPU.
 
     Returns:
-        Cotangents of k̃ (`key`) and x̃ (`query`) but for the chunk's own drift, of `value` (row,
-        time, 64) and `noise`; F̄ (`ends`, row, time, 64) and Ĝ (`joint`, row, chunk, 64, 64); at
-        every chunk's start M̄ (`means`), `trace`, the diagonal of P̄, and `scale`, the sums over a
-        key's row of 2 P∘P̄; P̄ before the first token, `first_covariance`.
+        Cotangents of k̃ and x̃ (`tokens`, row, 2, time, 64) but for the chunk's own drift, of
+        `value` (row, time, 64) and `noise`; F̄ (`ends`, row, time, 64), Ĝ and H̄ (`weights`, row,
+        chunk, 2, 64, 64); at every chunk's start M̄ (`means`), `trace`, the diagonal of P̄, and
+        `scale`, the sums over a key's row of 2 P∘P̄; P̄ before the first token, `first_covariance`.
     """
-    rows, depth, time, _ = key.shape
+    rows, _, depth, time, _ = tokens.shape
     chunks = time // CHUNK
     f32 = jnp.float32
     out = {
-        **dict.fromkeys(("key", "value", "query", "ends"), (rows, time, WIDTH)),
-        **dict.fromkeys(("joint", "means"), (rows, chunks, *SQUARE)),
+        "tokens": (rows, 2, time, WIDTH),
+        **dict.fromkeys(("value", "ends"), (rows, time, WIDTH)),
+        "weights": (rows, chunks, 2, *SQUARE),
+        "means": (rows, chunks, *SQUARE),
         "noise": (rows, SHARES, time),
         **dict.fromkeys(("trace", "scale"), (rows, SHARES, chunks, WIDTH)),
         "first_covariance": (rows, WIDTH, WIDTH),
@@ -89,16 +89,16 @@ def recur(
         interpret,
     )
     states = means, covariances, of_last_mean, of_last_covariance
-    got = dict(zip(out, run(key, query, of_mean, numbers, *found, *states), strict=True))
+    got = dict(zip(out, run(tokens, of_mean, numbers, *found, *states), strict=True))
     return got | {name: got[name].sum(axis=1) for name in SUMS}
 
 
 def _recur(*refs, names, places, chunks, interpret):
-    key, query, of_mean, numbers_in, weights_in, spreads_in, reads_in = refs[:7]
-    of_value_in, of_joint_in, means_in, covariances_in = refs[7:11]
-    of_last_mean, of_last_covariance = refs[11:13]
-    out = dict(zip(names, refs[13 : 13 + len(names)], strict=True))
-    memory = Memory(places, refs[13 + len(names) :], interpret)
+    tokens_in, of_mean, numbers_in, weights_in, spreads_in, reads_in = refs[:6]
+    of_value_in, of_joint_in, means_in, covariances_in = refs[6:10]
+    of_last_mean, of_last_covariance = refs[10:12]
+    out = dict(zip(names, refs[12 : 12 + len(names)], strict=True))
+    memory = Memory(places, refs[12 + len(names) :], interpret)
     row, share = lax.axis_index("row"), lax.axis_index("wg")
     own = Share(share, WIDTH // SHARES, interpret)
 
@@ -112,8 +112,7 @@ def _recur(*refs, names, places, chunks, interpret):
         tokens, slot = pl.ds(c * CHUNK, CHUNK), lax.rem(step, 2)
         copies, copies_next = share == 0, jnp.logical_and(share == 0, c > 0)
 
-        def leave(name, matrix):
-            at = (tokens,) if len(out[name].shape) == 3 else (c, slice(None))
+        def leave(name, matrix, *at):
             out[name].at[(row, *at, here.columns)][...] = matrix
 
         def leave_sum(name, matrix):
@@ -128,7 +127,7 @@ def _recur(*refs, names, places, chunks, interpret):
             copies,
             "keys_there",
             (covariances_in.at[row, c], held.covariance.ref),
-            (key.at[row, :, tokens], held.keys.ref),
+            (tokens_in.at[row, 0, :, tokens], held.keys.ref),
         )
         here.put(held.of_means.ref, of_mean_end)
         here.put(held.of_covariances.ref, of_covariance_end)
@@ -141,7 +140,7 @@ def _recur(*refs, names, places, chunks, interpret):
             memory.bring(
                 copies,
                 "queries_there",
-                (query.at[row, :, tokens], held.queries.ref),
+                (tokens_in.at[row, 1, :, tokens], held.queries.ref),
                 (reads_in.at[row, c], held.reads.ref),
             )
             return here.times((held.weights, held.of_covariances))
@@ -154,10 +153,10 @@ def _recur(*refs, names, places, chunks, interpret):
 
         explained, _ = here.beside(leave_square, (held.weights, held.of_means.T))
         of_value = of_value + explained
-        leave("value", of_value)
+        leave("value", of_value, tokens)
         here.put(held.of_values.ref, -of_value)
         of_end = guided - 2 * spread
-        leave("ends", of_end)
+        leave("ends", of_end, tokens)
         of_end = here.across(numbers.alpha) * of_end
         held = memory.next_phase(slot)
         of_joint = here.load(of_joint_in.at[row, c])
@@ -171,11 +170,12 @@ def _recur(*refs, names, places, chunks, interpret):
         )
         joint = of_joint - here.halved(between)
         leave_sum("noise", here.diagonal(joint))
-        leave("joint", joint)
+        leave("weights", joint, c, 0, slice(None))
         here.put(held.joints.ref, joint)
         memory.wait("keys_there")
         memory.wait("queries_there")
         held = memory.next_phase(slot)
+        leave("weights", here.plain(held.reads.ref), c, 1, slice(None))
 
         def leave_asked():
             following = weights_in.at[row, before], spreads_in.at[row, before]
@@ -223,7 +223,7 @@ def _recur(*refs, names, places, chunks, interpret):
         held = memory.next_phase(slot)
 
         def leave_start():
-            leave("means", of_mean_start)
+            leave("means", of_mean_start, c, slice(None))
             leave_sum("scale", 2 * here.plain(held.covariance.ref) * of_covariance_start)
             leave_sum("trace", here.diagonal(of_covariance_start))
 
@@ -231,9 +231,11 @@ def _recur(*refs, names, places, chunks, interpret):
             leave_start, (held.weights, held.covariance), (held.of_values, held.mean)
         )
         of_query, _ = here.beside(
-            lambda: leave("key", of_key), (held.joints, held.covariance), (held.given, held.mean)
+            lambda: leave("tokens", of_key, 0, tokens),
+            (held.joints, held.covariance),
+            (held.given, held.mean),
         )
-        leave("query", of_query)
+        leave("tokens", of_query, 1, tokens)
         memory.meet()
         return of_mean_start, of_covariance_start
 

@@ -53,7 +53,7 @@ def local(
 
 
 def local_of_factors(
-    factors: tuple[Float[Array, "row chunk token token"], Float[Array, "row chunk token token"]],
+    factors: Float[Array, "row chunk two token token"],
     moved: Float[Array, "row time both"],
     of_mean: Float[Array, "row time value"],
     numbers: Float[Array, "row chunk number token"],
@@ -71,7 +71,7 @@ def local_of_factors(
         values: how many of a token's values are seen.
         interpret: whether to run the kernel's simulation on a CPU.
     """
-    return _run(factors, moved, of_mean, numbers, values, interpret)
+    return _run((factors, factors), moved, of_mean, numbers, values, interpret)
 
 
 def _run(sources, whitened, of_mean, numbers, values: int, interpret: bool) -> tuple[Array, ...]:
@@ -161,10 +161,10 @@ def _local(
 
     def fetch(chunk, slot):
         mosaic.copy_in(numbers_in.at[row, chunk], vectors.at[slot], arrived)
-        for source, target in ((first, keys_in), (second, queries_in)):
+        for which, (source, target) in enumerate(((first, keys_in), (second, queries_in))):
             for piece in range(target.shape[1]):
                 tokens = row, piece, pl.ds(chunk * CHUNK, CHUNK)
-                part = source.at[(row, chunk) if factored else tokens]
+                part = source.at[(row, chunk, which) if factored else tokens]
                 mosaic.copy_in(part, target.at[0, piece], arrived)
 
     def tell(chunk, which):

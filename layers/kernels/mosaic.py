@@ -36,7 +36,7 @@ MATRIX = plgpu.Layout.WGMMA
 ROWS = MATRIX.reduce(1)
 COLUMNS = MATRIX.reduce(0)
 _TRANSPOSED = plgpu.Layout._WGMMA_ACC_32BIT
-_THREADS = plgpu.Layout.TILED(
+THREADS = plgpu.Layout.TILED(
     plgpu.Tiling(((128,), (32,), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
 )
 """One entry per thread."""
@@ -173,7 +173,7 @@ def load(ref, layout: Any = MATRIX) -> jax.Array:
 
 def load_threads(ref) -> jax.Array:
     """A vector of 128 entries, one per thread."""
-    return plgpu.load(ref, layout=_THREADS, optimized=False)
+    return plgpu.load(ref, layout=THREADS, optimized=False)
 
 
 def load_transposed(ref) -> jax.Array:
@@ -400,7 +400,7 @@ def _eliminate_plainly(keys, names, joint, noise, columns, whitened, inverse_dev
     decay, restored = rates.get("decay"), rates.get("restored")
     warpgroup = lax.axis_index("wg")
     entry = [[joint[m, n] for n in range(m + 1)] for m in range(BLOCK)]
-    thread = index((WARPGROUP,), 0, _THREADS)
+    thread = index((WARPGROUP,), 0, THREADS)
     ones = jnp.ones((WARPGROUP,), jnp.float32)
     if decay is None:
         kept = [ones[:64]] * BLOCK

@@ -1,0 +1,368 @@
+r"""What has a ratio of decays for every pair of tokens and key, a chunk at a time.
+
+Ratios are never kept, or found as exponentials: ρ_ts is a product of decays a, which goes on by
+one factor a token. In `factors` a thread owns a token s and half of its keys, and takes u_s
+through the tokens that follow,
+
+$$ p_t = a_t\circ p_{t-1},\; p_s = u_s,\quad L_{ts} = k_t\cdot p_t,\quad R_{ts} = x_t\cdot p_t. $$
+
+In `of_drift` a thread owns a key, and sums by Horner's rule: Σ_s ρ_ts W_ts d_s goes from h to
+a_s h + W_ts d_s, and Σ_t ρ_ts W_ts k_t from g to a_t (g + W_ts k_t). There W is Ĝ, of which a
+chunk's drift makes k_t diag(ρ_ts) d_s with d = c∘k, and H̄, with queries for keys:
+
+$$ \bar E_s = \sum_{t\ge s} \rho_{ts}\circ(\hat G_{ts} k_t + \bar H_{ts} x_t)
+   + \epsilon_s\circ\bar F_s $$
+$$ \bar k_t = \alpha_t\circ\bar{\tilde k}_t + \sum_{s\le t} \hat G_{ts}\,\rho_{ts}\circ d_s
+   + c_t\circ\bar E_t,\quad
+   \bar x_t = \alpha_t\circ\bar{\tilde x}_t + \sum_{s\le t} \bar H_{ts}\,\rho_{ts}\circ d_s
+   + 2\bar v_t c_t\circ x_t $$
+$$ \bar q_t = k_t\circ\bar E_t + \bar v_t x_t^2 + a_{t+1}^2\circ\bar q_{t+1},\quad
+   \overline{\log a}_t = \text{end} + \sum_{u\ge t} (k\circ\bar k + x\circ\bar x
+   - 2 q\circ\bar q)_u $$
+
+where q̄ ends as the diagonal of P̄', and the last as M'∘M̄' + 2 P'∘P̄' summed for each key: a key's
+memory scaled up while its keys and queries are scaled down by as much changes no reading.
+
+**Bytes** a token: `factors` 2 kB read and 1.5 written, `of_drift` 2.6 and 1.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from . import mosaic
+from .forward import CHUNK, WIDTH
+from .matrices import PIECES, SHARES
+from .mosaic import BLOCK, pieces
+from .threads import Threads
+
+Tokens = Float[Array, "row two time key"]
+"""Keys and queries."""
+Rows = Float[Array, "row time key"]
+
+_HALVES = (2, CHUNK, WIDTH // 2)
+
+
+def factors(
+    tokens: Tokens, decay: Rows, whitened: Float[Array, "row time both"], *, interpret: bool = False
+) -> tuple[Array, ...]:
+    """What chunks are made of, given what the forward pass has left.
+
+    Args:
+        tokens: keys and queries.
+        decay: a; 0 where a document starts.
+        whitened: u and w.
+        interpret: whether to run the kernel's simulation on a CPU.
+
+    Returns:
+        L and R (row, chunk, 2, 64, 64); k̃ and x̃ in pieces (row, 2, piece, time, key); ε∘u and w
+        (row, time, 128); α_C (row, chunk, 2, key), twice.
+    """
+    rows, _, time, width = tokens.shape
+    chunks, f32 = time // CHUNK, jnp.float32
+    out = [
+        jax.ShapeDtypeStruct((rows, chunks, 2, CHUNK, CHUNK), f32),
+        jax.ShapeDtypeStruct((rows, 2, PIECES, time, width), jnp.bfloat16),
+        jax.ShapeDtypeStruct((rows, time, width + WIDTH), f32),
+        jax.ShapeDtypeStruct((rows, chunks, 2, width), f32),
+    ]
+    halves = mosaic.SMEM(_HALVES, f32)
+    run = mosaic.kernel(
+        partial(_factors, interpret=interpret),
+        out,
+        {"row": rows, "chunk": chunks},
+        [
+            *[halves] * 4,
+            mosaic.SMEM((2, 2, CHUNK, CHUNK), f32),
+            mosaic.barrier(num_arrivals=8),
+            mosaic.barrier(num_arrivals=SHARES),
+        ],
+        SHARES,
+        interpret,
+        reduction_bytes=0,
+    )
+    return run(tokens, decay, whitened)
+
+
+def _factors(
+    tokens_in,
+    decay_in,
+    whitened_in,
+    factors_out,
+    faded_out,
+    moved_out,
+    kept_out,
+    decays,
+    drawn,
+    keys,
+    queries,
+    sums,
+    arrived,
+    met,
+    *,
+    interpret,
+):
+    row, chunk = lax.axis_index("row"), lax.axis_index("chunk")
+    share = lax.axis_index("wg")
+    thread = Threads(interpret)
+    first = chunk * CHUNK
+
+    def of_chunk(source):
+        return source.at[pl.ds(first, CHUNK)]
+
+    @pl.when(share == 0)
+    def _():
+        for source, target in (
+            (decay_in.at[row], decays),
+            (whitened_in.at[row], drawn),
+            (tokens_in.at[row, 0], keys),
+            (tokens_in.at[row, 1], queries),
+        ):
+            for half in range(2):
+                columns = pl.ds(half * (WIDTH // 2), WIDTH // 2)
+                mosaic.copy_in(of_chunk(source).at[:, columns], target.at[half], arrived)
+
+    one = thread.number(1.0)
+
+    @pl.when(share == 0)
+    def _fade():
+        def token(t, alpha):
+            alpha = alpha * thread.row(decay_in.at[row, first + t])
+            faded = alpha * thread.halves(tokens_in.at[row, :, first + t])
+            for piece, part in enumerate(pieces(faded, PIECES)):
+                thread.put(faded_out.at[row, :, piece, first + t], part)
+            return alpha
+
+        thread.put(kept_out.at[row, chunk], lax.fori_loop(0, CHUNK, token, one))
+
+    @pl.when(share == 1)
+    def _move():
+        def token(step, end):
+            t = first + CHUNK - 1 - step
+            moved_out.at[row, t][...] = end * mosaic.load_threads(whitened_in.at[row, t])
+            return thread.own(end * thread.row(decay_in.at[row, t]), one)
+
+        lax.fori_loop(0, CHUNK, token, one)
+
+    mosaic.barrier_wait(arrived)
+    place = lax.rem(thread.index, CHUNK)
+
+    def through(rows, found):
+        def token(t, taken):
+            entering = place == t
+            every = (thread.spread(ref.at[:, t]) for ref in (decays, drawn, rows))
+            parts = zip(taken, *every, strict=True)
+            taken, terms = [], []
+            for old, decay, new, entry in parts:
+                taken.append(jnp.where(entering, new, decay * old))
+                terms.append(entry * taken[-1])
+            while len(terms) > 1:
+                terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=True)]
+            thread.put(found.at[:, t], terms[0])
+            return tuple(taken)
+
+        lax.fori_loop(0, CHUNK, token, (thread.number(0.0),) * (WIDTH // 2))
+
+    for own, rows in enumerate((keys, queries)):
+        pl.when(share == own)(partial(through, rows, sums.at[own]))
+    mosaic.meet(met, interpret)
+    found = sums.at[share]
+    factors_out.at[row, chunk, share][...] = mosaic.load(found.at[0]) + mosaic.load(found.at[1])
+
+
+def of_drift(
+    tokens: Tokens,
+    decay: Rows,
+    added: Rows,
+    of_variance: Float[Array, "row time"],
+    weights: Float[Array, "row chunk two token token"],
+    of_tokens: Tokens,
+    of_end: Rows,
+    of_last: Float[Array, "row chunk two key"],
+    *,
+    interpret: bool = False,
+) -> tuple[Tokens, Float[Array, "row two time key"]]:
+    """Cotangents of keys and queries, and of added variances and log decays.
+
+    Args:
+        tokens: keys and queries.
+        decay: a; 0 where a document starts.
+        added: q.
+        of_variance: cotangent of variances of read-outs.
+        weights: Ĝ and H̄.
+        of_tokens: cotangents of k̃ and x̃, but for the chunk's own drift.
+        of_end: F̄.
+        of_last: what q̄ and the cotangents of log decays end as.
+        interpret: whether to run the kernel's simulation on a CPU.
+    """
+    rows, _, time, width = tokens.shape
+    chunks, f32 = time // CHUNK, jnp.float32
+    both, square = mosaic.SMEM((2, CHUNK, width), f32), mosaic.SMEM((CHUNK, width), f32)
+    run = mosaic.kernel(
+        partial(_of_drift, interpret=interpret),
+        [jax.ShapeDtypeStruct(tokens.shape, f32)] * 2,
+        {"row": rows, "chunk": chunks},
+        [
+            both,
+            both,
+            square,
+            square,
+            both,
+            both,
+            mosaic.SMEM((CHUNK,), f32),
+            mosaic.barrier(num_arrivals=4),
+            mosaic.barrier(num_arrivals=SHARES),
+        ],
+        SHARES,
+        interpret,
+        reduction_bytes=0,
+    )
+    return run(tokens, decay, added, of_variance, weights, of_tokens, of_end, of_last)
+
+
+def _of_drift(
+    tokens_in,
+    decay_in,
+    added_in,
+    of_variance_in,
+    weights_in,
+    of_tokens_in,
+    of_end_in,
+    of_last_in,
+    of_tokens_out,
+    of_rates_out,
+    tokens,
+    weights,
+    decays,
+    drifts,
+    asked,
+    tied,
+    of_variances,
+    arrived,
+    met,
+    *,
+    interpret,
+):
+    row, chunk = lax.axis_index("row"), lax.axis_index("chunk")
+    share = lax.axis_index("wg")
+    thread = Threads(interpret)
+    first = chunk * CHUNK
+    own = pl.ds(first, CHUNK)
+    zero, one = thread.number(0.0), thread.number(1.0)
+
+    @pl.when(share == 0)
+    def _():
+        mosaic.copy_in(decay_in.at[row, own], decays, arrived)
+        mosaic.copy_in(of_variance_in.at[row, own], of_variances, arrived)
+        mosaic.copy_in(weights_in.at[row, chunk], weights, arrived)
+        mosaic.copy_in(tokens_in.at[row, :, own], tokens, arrived)
+
+    mosaic.barrier_wait(arrived)
+
+    @pl.when(share == 0)
+    def _ask():
+        def token(t, carry):
+            alpha, drift = carry
+            decay = thread.row(decays.at[t])
+            alpha = alpha * decay
+            drift = decay * decay * drift + thread.row(added_in.at[row, first + t])
+            thread.put_row(drifts.at[t], drift)
+            thread.put(asked.at[:, t], alpha * thread.halves(of_tokens_in.at[row, :, first + t]))
+            return alpha, drift
+
+        lax.fori_loop(0, CHUNK, token, (one, zero))
+
+        def drawn(s):
+            return thread.row(decays.at[s]), thread.row(drifts.at[s]) * thread.row(tokens.at[0, s])
+
+        def block(index, carry):
+            start = index * BLOCK
+
+            def earlier(step, found):
+                rates = [drawn(4 * step + n) for n in range(4)]
+                found = list(found)
+                for t in range(BLOCK):
+                    entries = thread.spread(weights.at[:, start + t, pl.ds(4 * step, 4)])
+                    for entry, (decay, drift) in zip(entries, rates, strict=True):
+                        found[t] = decay * found[t] + entry * drift
+                return tuple(found)
+
+            found = list(lax.fori_loop(0, start // 4, earlier, (zero,) * BLOCK))
+            rates = [drawn(start + s) for s in range(BLOCK)]
+            for t in range(BLOCK):
+                entries = thread.spread(weights.at[:, start + t, pl.ds(start, BLOCK)])
+                for s in range(t + 1):
+                    decay, drift = rates[s]
+                    found[t] = decay * found[t] + entries[s] * drift
+                place = asked.at[:, start + t]
+                thread.put(place, thread.halves(place) + found[t])
+            return carry
+
+        lax.fori_loop(0, CHUNK // BLOCK, block, None)
+
+    @pl.when(share == 1)
+    def _tie():
+        def block(index, carry):
+            start = index * BLOCK
+
+            def entries_of(t):
+                return thread.spread(weights.at[:, t, pl.ds(start, BLOCK)])
+
+            def later(step, found):
+                t = CHUNK - 1 - step
+                decay, told = thread.row(decays.at[t]), thread.halves(tokens.at[:, t])
+                return tuple(
+                    decay * (g + entry * told)
+                    for g, entry in zip(found, entries_of(t), strict=True)
+                )
+
+            ends = (thread.row(of_end_in.at[row, first + start + s]) for s in range(BLOCK))
+            found = tuple(thread.own(end, zero) for end in ends)
+            found = list(lax.fori_loop(0, CHUNK - BLOCK - start, later, found))
+            for n in reversed(range(BLOCK)):
+                t = start + n
+                decay, told = thread.row(decays.at[t]), thread.halves(tokens.at[:, t])
+                entries = entries_of(t)
+                for s in range(n):
+                    found[s] = decay * (found[s] + entries[s] * told)
+                thread.put(tied.at[:, t], found[n] + entries[n] * told)
+            return carry
+
+        lax.fori_loop(0, CHUNK // BLOCK, block, None)
+
+    mosaic.meet(met, interpret)
+
+    # Tokens in turn to either warpgroup.
+    def gather(step, carry):
+        t = 2 * step + share
+        key, query = (thread.row(tokens.at[n, t]) for n in range(2))
+        whole = thread.row(tied.at[0, t]) + thread.row(tied.at[1, t])
+        drift, read = thread.row(drifts.at[t]), of_variances[t] * query
+        of_key = thread.row(asked.at[0, t]) + drift * whole
+        of_query = thread.row(asked.at[1, t]) + 2 * drift * read
+        thread.put(of_tokens_out.at[row, :, first + t], thread.own(of_key, of_query))
+        moved = key * of_key + query * of_query
+        thread.put(weights.at[:, t], thread.own(key * whole + read * query, moved))
+        return carry
+
+    lax.fori_loop(0, CHUNK // 2, gather, None)
+    mosaic.meet(met, interpret)
+
+    @pl.when(share == 0)
+    def _rates():
+        def token(step, carry):
+            entering, of_decay = carry
+            t = CHUNK - 1 - step
+            decay = thread.row(decays.at[t])
+            of_added = thread.row(weights.at[0, t]) + entering
+            own = 2 * thread.row(added_in.at[row, first + t]) * of_added
+            of_decay = of_decay + thread.row(weights.at[1, t]) - own
+            thread.put(of_rates_out.at[row, :, first + t], thread.own(of_added, of_decay))
+            return decay * decay * of_added, of_decay
+
+        last = (thread.row(of_last_in.at[row, chunk, n]) for n in range(2))
+        lax.fori_loop(0, CHUNK, token, tuple(last))
