@@ -44,6 +44,8 @@ Tokens = Float[Array, "row two time key"]
 """Keys and queries."""
 Rows = Float[Array, "row time key"]
 
+FEW = 8
+"""Tokens whose rows are loaded from global memory together."""
 _HALVES = (2, CHUNK, WIDTH // 2)
 
 
@@ -127,13 +129,14 @@ def _factors(
                 mosaic.copy_in(of_chunk(source).at[:, columns], target.at[half], arrived)
 
     one = thread.number(1.0)
+    mosaic.barrier_wait(arrived)
 
     @pl.when(share == 0)
     def _fade():
         def token(t, alpha):
-            alpha = alpha * thread.row(decay_in.at[row, first + t])
-            faded = alpha * thread.halves(tokens_in.at[row, :, first + t])
-            for piece, part in enumerate(pieces(faded, PIECES)):
+            alpha = alpha * thread.row(decays.at[:, t])
+            faded = thread.own(thread.row(keys.at[:, t]), thread.row(queries.at[:, t]))
+            for piece, part in enumerate(pieces(alpha * faded, PIECES)):
                 thread.put(faded_out.at[row, :, piece, first + t], part)
             return alpha
 
@@ -141,14 +144,16 @@ def _factors(
 
     @pl.when(share == 1)
     def _move():
-        def token(step, end):
-            t = first + CHUNK - 1 - step
-            moved_out.at[row, t][...] = end * mosaic.load_threads(whitened_in.at[row, t])
-            return thread.own(end * thread.row(decay_in.at[row, t]), one)
+        def few(step, end):
+            group = [CHUNK - 1 - step * FEW - n for n in range(FEW)]
+            drawn = [mosaic.load_threads(whitened_in.at[row, first + t]) for t in group]
+            for t, entries in zip(group, drawn, strict=True):
+                moved_out.at[row, first + t][...] = end * entries
+                end = thread.own(end * thread.row(decays.at[:, t]), one)
+            return end
 
-        lax.fori_loop(0, CHUNK, token, one)
+        lax.fori_loop(0, CHUNK // FEW, few, one)
 
-    mosaic.barrier_wait(arrived)
     place = lax.rem(thread.index, CHUNK)
 
     def through(rows, found):
@@ -265,16 +270,19 @@ def _of_drift(
 
     @pl.when(share == 0)
     def _ask():
-        def token(t, carry):
+        def few(step, carry):
             alpha, drift = carry
-            decay = thread.row(decays.at[t])
-            alpha = alpha * decay
-            drift = decay * decay * drift + thread.row(added_in.at[row, first + t])
-            thread.put_row(drifts.at[t], drift)
-            thread.put(asked.at[:, t], alpha * thread.halves(of_tokens_in.at[row, :, first + t]))
+            group = [step * FEW + n for n in range(FEW)]
+            added = [thread.row(added_in.at[row, first + t]) for t in group]
+            entering = [thread.halves(of_tokens_in.at[row, :, first + t]) for t in group]
+            for t, more, cotangent in zip(group, added, entering, strict=True):
+                decay = thread.row(decays.at[t])
+                alpha, drift = alpha * decay, decay * decay * drift + more
+                thread.put_row(drifts.at[t], drift)
+                thread.put(asked.at[:, t], alpha * cotangent)
             return alpha, drift
 
-        lax.fori_loop(0, CHUNK, token, (one, zero))
+        lax.fori_loop(0, CHUNK // FEW, few, (one, zero))
 
         def drawn(s):
             return thread.row(decays.at[s]), thread.row(drifts.at[s]) * thread.row(tokens.at[0, s])
@@ -354,15 +362,17 @@ def _of_drift(
 
     @pl.when(share == 0)
     def _rates():
-        def token(step, carry):
+        def few(step, carry):
             entering, of_decay = carry
-            t = CHUNK - 1 - step
-            decay = thread.row(decays.at[t])
-            of_added = thread.row(weights.at[0, t]) + entering
-            own = 2 * thread.row(added_in.at[row, first + t]) * of_added
-            of_decay = of_decay + thread.row(weights.at[1, t]) - own
-            thread.put(of_rates_out.at[row, :, first + t], thread.own(of_added, of_decay))
-            return decay * decay * of_added, of_decay
+            group = [CHUNK - 1 - step * FEW - n for n in range(FEW)]
+            added = [thread.row(added_in.at[row, first + t]) for t in group]
+            for t, more in zip(group, added, strict=True):
+                decay = thread.row(decays.at[t])
+                of_added = thread.row(weights.at[0, t]) + entering
+                of_decay = of_decay + thread.row(weights.at[1, t]) - 2 * more * of_added
+                thread.put(of_rates_out.at[row, :, first + t], thread.own(of_added, of_decay))
+                entering = decay * decay * of_added
+            return entering, of_decay
 
         last = (thread.row(of_last_in.at[row, chunk, n]) for n in range(2))
-        lax.fori_loop(0, CHUNK, token, tuple(last))
+        lax.fori_loop(0, CHUNK // FEW, few, tuple(last))

@@ -44,9 +44,9 @@ class Threads:
         return jnp.where(self.first, one, other)
 
     def row(self, ref) -> Vector:
-        """A reference's 64 entries, to both halves."""
+        """A reference's 64 entries, or (2, 32), to both halves."""
         if self.interpret:
-            return jnp.tile(ref[...], 2)
+            return jnp.tile(ref[...].reshape(-1), 2)
         return _row(ref)  # pyright: ignore[reportCallIssue]
 
     def halves(self, ref) -> Vector:
@@ -104,7 +104,9 @@ def _entry(array: FragmentedArray) -> ir.Value:
 def _row(ctx, ref):
     del ctx
     _, place = _places()
-    return _array(memref.load(ref, [place]))
+    columns = arith.constant(place.type, ref.type.shape[-1])
+    places = arith.divui(place, columns), arith.remui(place, columns)
+    return _array(memref.load(ref, list(places[-len(ref.type.shape) :])))
 
 
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=_VECTOR)
