@@ -8,10 +8,10 @@ $$ G_{ts} = \tilde k_t^\top P \tilde k_s + J_{ts},\quad
    X_{ts} = \tilde x_t^\top P \tilde k_s + J'_{ts},\quad
    e_s = \alpha_s\circ P\tilde k_s + c_s\circ k_s $$
 
-where J_ts = Σ_j ρ_tsj c_sj k_tj k_sj and J' (of x_t) depend on no state: XLA finds them for all
-blocks at once, with every ratio at most 1. With G + diag(r) = L Lᵀ, one elimination gives u from e,
-each key's column fading at its own rate, and w from V − K̃Mᵀ; another, at the same time, R = X L⁻ᵀ,
-in place of the products of queries with u. Then
+where J_ts = Σ_j ρ_tsj c_sj k_tj k_sj and J' (of x_t) depend on no state: `keywise_ratios.prepare`
+finds them for all blocks at once, with every ratio at most 1. With G + diag(r) = L Lᵀ, one
+elimination gives u from e, each key's column fading at its own rate, and w from V − K̃Mᵀ; another,
+at the same time, R = X L⁻ᵀ, in place of the products of queries with u. Then
 
 $$ y_t = M\tilde x_t + \sum_{s \le t} R_{ts} w_s,\quad
    \mathrm{var}_t = \tilde x_t^\top P\tilde x_t + c_t \cdot x_t^2 - \sum_{s \le t} R_{ts}^2 $$
@@ -30,7 +30,6 @@ one chunk in shared memory at a time.
 
 from functools import partial
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,104 +38,22 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float
 
 from . import mosaic
-from .blocks import SMALLEST_LOG_DECAY, started, unknown
 from .covariance import CHUNK, COVARIANCE_PIECES, WIDTH, across, pieces_of
-from .forward import MEAN_PIECES, SAVED_PIECES, split
+from .forward import MEAN_PIECES, SAVED_PIECES
+from .keywise_ratios import Prepared, Rows
 from .mosaic import BLOCK, COLUMNS, ROWS, along_columns, along_rows, pairs, pieces
 
-Rows = Float[Array, "*row time key"]
-Pairs = Float[Array, "*row time 16"]
 
-
-class Prepared(NamedTuple):
-    """What a block's rates make of its tokens.
-
-    Args:
-        key: α∘k.
-        query: α∘x.
-        alpha: decay since the block's start; 0 once a document has started.
-        drifted: c∘k.
-        decay: a; 0 where a document starts.
-        end: decay to the block's end; 0 where a document starts between.
-        joint: J, of each token with the 16 of its block.
-        asked: J'.
-        last: c at the block's end.
-        unread: c·x².
-    """
-
-    key: Rows
-    query: Rows
-    alpha: Rows
-    drifted: Rows
-    decay: Rows
-    end: Rows
-    joint: Pairs
-    asked: Pairs
-    last: Float[Array, "*row block key"]
-    unread: Float[Array, "*row time"]
-
-
-def prepare(
-    key: Rows,
-    query: Rows,
-    log_decay: Rows,
-    starts: Bool[Array, "*row time"],
-    added: Rows,
-) -> Prepared:
-    """Prepare tokens whose number is a multiple of 16.
-
-    Args:
-        key: float32, as all are.
-        query: what is read.
-        log_decay: of each key.
-        starts: where documents start.
-        added: variance before the write: drift, or all of it where a document starts.
-    """
-    shape = key.shape
-
-    def by_block(array):
-        return array.reshape(*shape[:-2], -1, BLOCK, *array.shape[len(shape) - 1 :])
-
-    def by_token(array):
-        return array.reshape(*shape[:-1], *array.shape[len(shape) :])
-
-    log_decay = unknown(log_decay)
-    steps = jnp.maximum(jnp.where(starts[..., None], 0, log_decay), SMALLEST_LOG_DECAY)
-    total, document = jnp.cumsum(by_block(steps), axis=-2), started(by_block(starts))
-    same = (document[..., :, None] == document[..., None, :]) & jnp.tril(
-        jnp.ones((BLOCK, BLOCK), bool)
-    )
-    between = total[..., :, None, :] - total[..., None, :, :]
-    ratios = jnp.exp(jnp.where(same[..., None], between, -jnp.inf))
-    drift = jnp.sum(ratios**2 * by_block(added)[..., None, :, :], axis=-2)
-    alpha = jnp.where(document[..., None] == 0, jnp.exp(total), 0)
-    keys, queries = by_block(key), by_block(query)
-    drifted = drift * keys
-    joint, asked = (
-        jnp.sum(ratios * rows[..., :, None, :] * drifted[..., None, :, :], axis=-1)
-        for rows in (keys, queries)
-    )
-    return Prepared(
-        by_token(alpha * keys),
-        by_token(alpha * queries),
-        by_token(alpha),
-        by_token(drifted),
-        decays(log_decay, starts),
-        by_token(ratios[..., -1, :, :]),
-        by_token(joint),
-        by_token(asked),
-        drift[..., -1, :],
-        by_token(jnp.sum(drift * queries**2, axis=-1)),
-    )
-
-
-def decays(log_decay: Rows, starts: Bool[Array, "*row time"]) -> Rows:
-    """A of each token; 0 where a document starts."""
+def decays(
+    log_decay: Float[Array, "*row time key"], starts: Bool[Array, "*row time"]
+) -> Float[Array, "*row time key"]:
+    """Decays of each token, a; 0 where a document starts."""
     return jnp.where(starts[..., None], 0, jnp.exp(log_decay))
 
 
 def filter_keywise(
     prepared: Prepared,
+    decay: Rows,
     value: Float[Array, "row time value"],
     noise: Float[Array, "row time"],
     covariance: Float[Array, "row key key"],
@@ -148,7 +65,8 @@ def filter_keywise(
     """Filter rows of 64 values and 64 keys; time is a multiple of 64.
 
     Args:
-        prepared: tokens in float32.
+        prepared: tokens, as their blocks' rates make them.
+        decay: a; 0 where a document starts.
         value: what is written, in float32.
         noise: r.
         covariance: P before the first token.
@@ -159,7 +77,7 @@ def filter_keywise(
     Returns:
         As `forward.filter_blocks`.
     """
-    rows, time, width = prepared.key.shape
+    rows, time, width = prepared.end.shape
     chunks = time // CHUNK
     f32, bf16 = jnp.float32, jnp.bfloat16
     out = {
@@ -184,12 +102,12 @@ def filter_keywise(
         return shared((count, height, BLOCK), bf16, transforms=mosaic.THIN)
 
     tokens = {
-        "keys": (split(prepared.key, COVARIANCE_PIECES), operand),
-        "queries": (split(prepared.query, COVARIANCE_PIECES), operand),
+        "keys": (prepared.tokens, operand),
+        "queries": (prepared.tokens, operand),
         "values": (value, plain),
-        "alphas": (prepared.alpha, plain),
-        "drifted": (prepared.drifted, plain),
-        "decays": (prepared.decay, plain),
+        "alphas": (prepared.rates, plain),
+        "drifted": (prepared.rates, plain),
+        "decays": (decay, plain),
         "ends": (prepared.end, plain),
         "joints": (prepared.joint, ratios),
         "asked": (prepared.asked, ratios),
@@ -255,13 +173,19 @@ def _body(*refs, sources, names, scratch, chunks, save, interpret):
     def fetch(chunk):
         tokens, blocks = pl.ds(chunk * CHUNK, CHUNK), CHUNK // BLOCK
         for name, source, target in zip(scratch, inputs, places, strict=False):
-            places_of = {"last": pl.ds(chunk * blocks, blocks), "numbers": chunk}
-            own = places_of.get(name, tokens)
-            copies = [(source.at[row, own], target.at[0])]
+            places_of = {
+                "last": (pl.ds(chunk * blocks, blocks),),
+                "numbers": (chunk,),
+                "alphas": (0, tokens),
+                "drifted": (1, tokens),
+            }
+            own = places_of.get(name, (tokens,))
+            copies = [(source.at[(row, *own)], target.at[0])]
             if name in ("keys", "queries"):
+                which = int(name == "queries")
                 copies = [
-                    (source.at[row, piece, own], target.at[0, piece])
-                    for piece in range(source.shape[1])
+                    (source.at[row, which, piece, tokens], target.at[0, piece])
+                    for piece in range(COVARIANCE_PIECES)
                 ]
             for part, place in copies:
                 mosaic.copy_in(part, place, here.full)

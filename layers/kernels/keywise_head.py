@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from .head import Filtered, Head, over_rows
-from .keywise import decays, filter_keywise, prepare
-from .keywise_ratios import factors, of_drift
+from .keywise import decays, filter_keywise
+from .keywise_ratios import factors, of_drift, prepare
 from .keywise_reverse import recur
 from .local import local_of_factors
 from .matrices import Numbers
@@ -41,11 +41,11 @@ def _filter_head(head: Head, values: int, interpret: bool) -> Filtered:
 
 def _run(head: Head, values: int, interpret: bool, save: bool):
     def rows(number: int, head: Head):
-        prepared = prepare(head.key, head.query, head.log_decay, head.starts, head.added)
-        states = head.covariance, head.mean
-        return filter_keywise(
-            prepared, head.value, head.noise, *states, save=save, interpret=interpret
-        )
+        tokens = jnp.stack([head.key, head.query], axis=1)
+        decay = decays(head.log_decay, head.starts)
+        prepared = prepare(tokens, decay, head.added, interpret=interpret)
+        given = decay, head.value, head.noise, head.covariance, head.mean
+        return filter_keywise(prepared, *given, save=save, interpret=interpret)
 
     found = over_rows(rows)(head)
     surprise = found["whitened"][:, head.key.shape[-1] :]

@@ -27,6 +27,8 @@ memory scaled up while its keys and queries are scaled down by as much changes n
 """
 
 from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +37,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from . import mosaic
-from .forward import CHUNK, WIDTH
+from .covariance import CHUNK, COVARIANCE_PIECES, WIDTH
 from .matrices import PIECES, SHARES
 from .mosaic import BLOCK, pieces
 from .threads import Threads
@@ -47,6 +49,167 @@ Rows = Float[Array, "row time key"]
 FEW = 8
 """Tokens whose rows are loaded from global memory together."""
 _HALVES = (2, CHUNK, WIDTH // 2)
+
+
+class Prepared(NamedTuple):
+    """What a block's rates make of its tokens.
+
+    Args:
+        tokens: α∘k and α∘x, in pieces.
+        rates: α, decay since the block's start, 0 once a document has started; and c∘k.
+        end: decay to the block's end; 0 where a document starts between.
+        joint: J, of each token with the 16 of its block.
+        asked: J'.
+        last: c at the block's end.
+        unread: c·x².
+    """
+
+    tokens: Float[Array, "row two piece time key"]
+    rates: Tokens
+    end: Rows
+    joint: Float[Array, "row time 16"]
+    asked: Float[Array, "row time 16"]
+    last: Float[Array, "row block key"]
+    unread: Float[Array, "row time"]
+
+
+def prepare(tokens: Tokens, decay: Rows, added: Rows, *, interpret: bool = False) -> Prepared:
+    """Prepare blocks of 16 tokens for `keywise.filter_keywise`.
+
+    Args:
+        tokens: keys and queries.
+        decay: a; 0 where a document starts.
+        added: variance before the write: drift, or all of it where a document starts.
+        interpret: whether to run the kernel's simulation on a CPU.
+    """
+    rows, _, time, width = tokens.shape
+    f32 = jnp.float32
+    kinds = {
+        "tokens": ((rows, 2, COVARIANCE_PIECES, time, width), jnp.bfloat16),
+        "rates": ((rows, 2, time, width), f32),
+        "end": ((rows, time, width), f32),
+        **dict.fromkeys(("joint", "asked"), ((rows, time, BLOCK), f32)),
+        "last": ((rows, time // BLOCK, width), f32),
+        "unread": ((rows, time), f32),
+    }
+    halves = mosaic.SMEM(_HALVES, f32)
+    run = mosaic.kernel(
+        partial(_prepare, names=tuple(kinds), interpret=interpret),
+        [jax.ShapeDtypeStruct(*kind) for kind in kinds.values()],
+        {"row": rows, "chunk": time // CHUNK},
+        [
+            *[halves] * 4,
+            mosaic.SMEM((CHUNK, width), f32),
+            mosaic.SMEM((2, 2, CHUNK, BLOCK), f32),
+            mosaic.barrier(num_arrivals=6),
+            mosaic.barrier(num_arrivals=SHARES),
+        ],
+        SHARES,
+        interpret,
+        reduction_bytes=16,
+    )
+    return Prepared(**dict(zip(kinds, run(tokens, decay, added), strict=True)))
+
+
+def _bring(own, arrived, *copies):
+    """Copy a chunk's rows, their columns in halves."""
+    for source, target in copies:
+        for half in range(2):
+            columns = pl.ds(half * (WIDTH // 2), WIDTH // 2)
+            mosaic.copy_in(source.at[own, columns], target.at[half], arrived)
+
+
+def _prepare(tokens_in, decay_in, added_in, *refs, names, interpret):
+    out = SimpleNamespace(**dict(zip(names, refs, strict=False)))
+    decays, keys, queries, drawn, unread, sums, arrived, met = refs[len(names) :]
+    row, chunk = lax.axis_index("row"), lax.axis_index("chunk")
+    share = lax.axis_index("wg")
+    thread = Threads(interpret)
+    first = chunk * CHUNK
+    own = pl.ds(first, CHUNK)
+    zero, one = thread.number(0.0), thread.number(1.0)
+
+    @pl.when(share == 0)
+    def _():
+        tokens = ((tokens_in.at[row, n], target) for n, target in enumerate((keys, queries)))
+        _bring(own, arrived, (decay_in.at[row], decays), *tokens)
+
+    mosaic.barrier_wait(arrived)
+
+    @pl.when(share == 0)
+    def _fade():
+        def block(index, carry):
+            group = [index * BLOCK + n for n in range(BLOCK)]
+            added = [thread.row(added_in.at[row, first + t]) for t in group]
+            alpha, drift = one, zero
+            for t, more in zip(group, added, strict=True):
+                decay, key, query = (thread.row(ref.at[:, t]) for ref in (decays, keys, queries))
+                alpha, drift = alpha * decay, decay * decay * drift + more
+                faded = pieces(alpha * thread.own(key, query), COVARIANCE_PIECES)
+                for piece, part in enumerate(faded):
+                    thread.put(out.tokens.at[row, :, piece, first + t], part)
+                thread.put(out.rates.at[row, :, first + t], thread.own(alpha, drift * key))
+                thread.put_row(drawn.at[:, t], drift * key)
+                thread.put_row(unread.at[t], drift * query * query)
+            thread.put_row(out.last.at[row, chunk * (CHUNK // BLOCK) + index], drift)
+            return carry
+
+        lax.fori_loop(0, CHUNK // BLOCK, block, None)
+
+    @pl.when(share == 1)
+    def _end():
+        def block(index, carry):
+            end = one
+            for n in reversed(range(BLOCK)):
+                t = index * BLOCK + n
+                thread.put_row(out.end.at[row, first + t], end)
+                end = end * thread.row(decays.at[:, t])
+            return carry
+
+        lax.fori_loop(0, CHUNK // BLOCK, block, None)
+
+    mosaic.meet(met, interpret)
+    place = lax.rem(thread.index, BLOCK)
+
+    def through(rows, found):
+        def token(n, taken):
+            every = (thread.spread_blocks(ref, n) for ref in (decays, drawn, rows))
+            taken, total = _taken(place == n, taken, every)
+            thread.put_blocks(found, n, total)
+            return taken
+
+        lax.fori_loop(0, BLOCK, token, (zero,) * (WIDTH // 2))
+
+    for which, rows in enumerate((keys, queries)):
+        pl.when(share == which)(partial(through, rows, sums.at[which]))
+    mosaic.meet(met, interpret)
+    found = mosaic.load(sums.at[share, 0]) + mosaic.load(sums.at[share, 1])
+
+    @pl.when(share == 0)
+    def _leave_joint():
+        out.joint.at[row, own][...] = found
+        out.unread.at[row, own][...] = jnp.sum(mosaic.load(unread), axis=1)
+
+    @pl.when(share == 1)
+    def _leave_asked():
+        out.asked.at[row, own][...] = found
+
+
+def _taken(entering, taken, every):
+    """U of each thread's token taken one token on, and its product with what is there.
+
+    Args:
+        entering: whose token that is.
+        taken: half of u's keys, until the token before.
+        every: the token's decays, u and keys.
+    """
+    found, terms = [], []
+    for old, decay, new, entry in zip(taken, *every, strict=True):
+        found.append(jnp.where(entering, new, decay * old))
+        terms.append(entry * found[-1])
+    while len(terms) > 1:
+        terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=True)]
+    return tuple(found), terms[0]
 
 
 def factors(
@@ -113,20 +276,11 @@ def _factors(
     thread = Threads(interpret)
     first = chunk * CHUNK
 
-    def of_chunk(source):
-        return source.at[pl.ds(first, CHUNK)]
-
     @pl.when(share == 0)
     def _():
-        for source, target in (
-            (decay_in.at[row], decays),
-            (whitened_in.at[row], drawn),
-            (tokens_in.at[row, 0], keys),
-            (tokens_in.at[row, 1], queries),
-        ):
-            for half in range(2):
-                columns = pl.ds(half * (WIDTH // 2), WIDTH // 2)
-                mosaic.copy_in(of_chunk(source).at[:, columns], target.at[half], arrived)
+        tokens = ((tokens_in.at[row, n], target) for n, target in enumerate((keys, queries)))
+        rates = (decay_in.at[row], decays), (whitened_in.at[row], drawn)
+        _bring(pl.ds(first, CHUNK), arrived, *rates, *tokens)
 
     one = thread.number(1.0)
     mosaic.barrier_wait(arrived)
@@ -158,17 +312,10 @@ def _factors(
 
     def through(rows, found):
         def token(t, taken):
-            entering = place == t
             every = (thread.spread(ref.at[:, t]) for ref in (decays, drawn, rows))
-            parts = zip(taken, *every, strict=True)
-            taken, terms = [], []
-            for old, decay, new, entry in parts:
-                taken.append(jnp.where(entering, new, decay * old))
-                terms.append(entry * taken[-1])
-            while len(terms) > 1:
-                terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=True)]
-            thread.put(found.at[:, t], terms[0])
-            return tuple(taken)
+            taken, total = _taken(place == t, taken, every)
+            thread.put(found.at[:, t], total)
+            return taken
 
         lax.fori_loop(0, CHUNK, token, (thread.number(0.0),) * (WIDTH // 2))
 

@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import FragmentedArray
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, memref, vector
 
-from .mosaic import THREADS, WARPGROUP
+from .mosaic import BLOCK, THREADS, WARPGROUP
 
 HALF = WARPGROUP // 2
 
@@ -61,9 +62,9 @@ class Threads:
             _put(ref, value)  # pyright: ignore[reportCallIssue]
 
     def put_row(self, ref, value: Vector):
-        """Store what is the same in both halves to a reference of (64,)."""
+        """Store what is the same in both halves to a reference of (64,) or (2, 32)."""
         if self.interpret:
-            ref[...] = value[:HALF]
+            ref[...] = value[:HALF].reshape(ref.shape)
         else:
             _put_row(ref, value)  # pyright: ignore[reportCallIssue]
 
@@ -72,7 +73,28 @@ class Threads:
         if self.interpret:
             entries = ref[...]
             return [jnp.repeat(entries[:, n], HALF) for n in range(entries.shape[1])]
-        count = ref.shape[1]
+        return self._spread(ref)
+
+    def spread_blocks(self, ref, n) -> list[Vector]:
+        """Of a reference of (2, 64, ...): `spread`, but of row n of every block of 16 to it."""
+        rows = ref.at[:, pl.ds(n, HALF - BLOCK + 1)]
+        if self.interpret:
+            entries = rows[...][:, ::BLOCK]
+            places = range(entries.shape[-1])
+            return [jnp.repeat(entries[..., n].reshape(-1), BLOCK) for n in places]
+        return self._spread(rows)
+
+    def put_blocks(self, ref, n, value: Vector):
+        """Store each block's entries to row n of its rows in a reference of (2, 64, 16)."""
+        if self.interpret:
+            entries = value.reshape(2, -1, BLOCK)
+            for block in range(entries.shape[1]):
+                ref.at[:, block * BLOCK + n][...] = entries[:, block]
+        else:
+            _put_blocks(ref.at[:, pl.ds(n, HALF - BLOCK + 1)], value)  # pyright: ignore[reportCallIssue]
+
+    def _spread(self, ref) -> list[Vector]:
+        count = ref.shape[-1]
         form: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=(_VECTOR,) * count)
         return list(form(partial(_spread, count=count))(ref))
 
@@ -83,6 +105,14 @@ def _places() -> tuple[ir.Value, ir.Value]:
     thread = arith.remui(gpu.thread_id(gpu.Dimension.x), arith.constant(index, WARPGROUP))
     half = arith.constant(index, HALF)
     return arith.divui(thread, half), arith.remui(thread, half)
+
+
+def _place_in(ref) -> list[ir.Value]:
+    """A thread's place in (64,) or (2, 32)."""
+    _, place = _places()
+    columns = arith.constant(place.type, ref.type.shape[-1])
+    places = arith.divui(place, columns), arith.remui(place, columns)
+    return list(places[-len(ref.type.shape) :])
 
 
 def _array(entry: ir.Value) -> FragmentedArray:
@@ -103,10 +133,7 @@ def _entry(array: FragmentedArray) -> ir.Value:
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=_VECTOR)
 def _row(ctx, ref):
     del ctx
-    _, place = _places()
-    columns = arith.constant(place.type, ref.type.shape[-1])
-    places = arith.divui(place, columns), arith.remui(place, columns)
-    return _array(memref.load(ref, list(places[-len(ref.type.shape) :])))
+    return _array(memref.load(ref, _place_in(ref)))
 
 
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=_VECTOR)
@@ -124,18 +151,31 @@ def _put(ctx, ref, value):
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), THREADS))
 def _put_row(ctx, ref, value):
     del ctx
-    _, place = _places()
-    memref.store(_entry(value), ref, [place])
+    memref.store(_entry(value), ref, _place_in(ref))
+
+
+def _first_of_block(place: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The first place of a place's block, and how far on it is."""
+    since = arith.remui(place, arith.constant(place.type, BLOCK))
+    return arith.subi(place, since), since
+
+
+@plgpu.inline_mgpu(arg_types=(plgpu.RefType(), THREADS))
+def _put_blocks(ctx, ref, value):
+    del ctx
+    half, place = _places()
+    memref.store(_entry(value), ref, [half, *_first_of_block(place)])
 
 
 def _spread(ctx, ref, *, count):
     del ctx
-    half, _ = _places()
+    half, place = _places()
     index, f32 = ir.IndexType.get(), ir.F32Type.get()
     four = ir.VectorType.get((4,), f32)
+    rows = [half, _first_of_block(place)[0]][: len(ref.type.shape) - 1]
     found = []
     for start in range(0, count, 4):
-        loaded = vector.load(four, ref, [half, arith.constant(index, start)])
+        loaded = vector.load(four, ref, [*rows, arith.constant(index, start)])
         found += [
             _array(vector.extract(loaded, dynamic_position=[], static_position=[n]))
             for n in range(4)
