@@ -46,8 +46,6 @@ Tokens = Float[Array, "row two time key"]
 """Keys and queries."""
 Rows = Float[Array, "row time key"]
 
-FEW = 8
-"""Tokens whose rows are loaded from global memory together."""
 _HALVES = (2, CHUNK, WIDTH // 2)
 
 
@@ -98,7 +96,9 @@ def prepare(tokens: Tokens, decay: Rows, added: Rows, *, interpret: bool = False
         [jax.ShapeDtypeStruct(*kind) for kind in kinds.values()],
         {"row": rows, "chunk": time // CHUNK},
         [
-            *[halves] * 4,
+            mosaic.SMEM((2, *_HALVES), f32),
+            halves,
+            halves,
             mosaic.SMEM((CHUNK, width), f32),
             mosaic.SMEM((2, 2, CHUNK, BLOCK), f32),
             mosaic.barrier(num_arrivals=6),
@@ -112,16 +112,21 @@ def prepare(tokens: Tokens, decay: Rows, added: Rows, *, interpret: bool = False
 
 
 def _bring(own, arrived, *copies):
-    """Copy a chunk's rows, their columns in halves."""
+    """Copy a chunk's rows of keys, in halves."""
     for source, target in copies:
         for half in range(2):
             columns = pl.ds(half * (WIDTH // 2), WIDTH // 2)
             mosaic.copy_in(source.at[own, columns], target.at[half], arrived)
 
 
+def _each(source, target):
+    """Keys' and queries' rows, and where they are copied to."""
+    return [(source.at[n], target.at[n]) for n in range(2)]
+
+
 def _prepare(tokens_in, decay_in, added_in, *refs, names, interpret):
     out = SimpleNamespace(**dict(zip(names, refs, strict=False)))
-    decays, keys, queries, drawn, unread, sums, arrived, met = refs[len(names) :]
+    tokens, decays, drawn, unread, sums, arrived, met = refs[len(names) :]
     row, chunk = lax.axis_index("row"), lax.axis_index("chunk")
     share = lax.axis_index("wg")
     thread = Threads(interpret)
@@ -131,8 +136,7 @@ def _prepare(tokens_in, decay_in, added_in, *refs, names, interpret):
 
     @pl.when(share == 0)
     def _():
-        tokens = ((tokens_in.at[row, n], target) for n, target in enumerate((keys, queries)))
-        _bring(own, arrived, (decay_in.at[row], decays), *tokens)
+        _bring(own, arrived, (decay_in.at[row], decays), *_each(tokens_in.at[row], tokens))
 
     mosaic.barrier_wait(arrived)
 
@@ -143,7 +147,8 @@ def _prepare(tokens_in, decay_in, added_in, *refs, names, interpret):
             added = [thread.row(added_in.at[row, first + t]) for t in group]
             alpha, drift = one, zero
             for t, more in zip(group, added, strict=True):
-                decay, key, query = (thread.row(ref.at[:, t]) for ref in (decays, keys, queries))
+                decay = thread.row(decays.at[:, t])
+                key, query = (thread.row(tokens.at[n, :, t]) for n in range(2))
                 alpha, drift = alpha * decay, decay * decay * drift + more
                 faded = pieces(alpha * thread.own(key, query), COVARIANCE_PIECES)
                 for piece, part in enumerate(faded):
@@ -171,17 +176,13 @@ def _prepare(tokens_in, decay_in, added_in, *refs, names, interpret):
     mosaic.meet(met, interpret)
     place = lax.rem(thread.index, BLOCK)
 
-    def through(rows, found):
-        def token(n, taken):
-            every = (thread.spread_blocks(ref, n) for ref in (decays, drawn, rows))
-            taken, total = _taken(place == n, taken, every)
-            thread.put_blocks(found, n, total)
-            return taken
+    def token(n, taken):
+        every = (thread.spread_blocks(ref, n) for ref in (decays, drawn, tokens.at[share]))
+        taken, total = _taken(place == n, taken, every)
+        thread.put_blocks(sums.at[share], n, total)
+        return taken
 
-        lax.fori_loop(0, BLOCK, token, (zero,) * (WIDTH // 2))
-
-    for which, rows in enumerate((keys, queries)):
-        pl.when(share == which)(partial(through, rows, sums.at[which]))
+    lax.fori_loop(0, BLOCK, token, (zero,) * (WIDTH // 2))
     mosaic.meet(met, interpret)
     found = mosaic.load(sums.at[share, 0]) + mosaic.load(sums.at[share, 1])
 
@@ -203,13 +204,20 @@ def _taken(entering, taken, every):
         taken: half of u's keys, until the token before.
         every: the token's decays, u and keys.
     """
-    found, terms = [], []
-    for old, decay, new, entry in zip(taken, *every, strict=True):
-        found.append(jnp.where(entering, new, decay * old))
-        terms.append(entry * found[-1])
-    while len(terms) > 1:
-        terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=True)]
-    return tuple(found), terms[0]
+    decays, entries, told = every
+    found = [
+        jnp.where(entering, new, decay * old)
+        for old, decay, new in zip(taken, decays, entries, strict=True)
+    ]
+    terms = list(zip(found, told, strict=True))
+    sums = []
+    for n in range(4):  # one sum alone would be waited for
+        (one, other), *rest = terms[n::4]
+        total = one * other
+        for one, other in rest:
+            total = total + one * other
+        sums.append(total)
+    return tuple(found), (sums[0] + sums[1]) + (sums[2] + sums[3])
 
 
 def factors(
@@ -241,9 +249,11 @@ def factors(
         out,
         {"row": rows, "chunk": chunks},
         [
-            *[halves] * 4,
-            mosaic.SMEM((2, 2, CHUNK, CHUNK), f32),
-            mosaic.barrier(num_arrivals=8),
+            mosaic.SMEM((2, *_HALVES), f32),
+            halves,
+            halves,
+            mosaic.SMEM((2, 2, CHUNK // 2, CHUNK), f32),
+            mosaic.barrier(num_arrivals=10),
             mosaic.barrier(num_arrivals=SHARES),
         ],
         SHARES,
@@ -261,10 +271,9 @@ def _factors(
     faded_out,
     moved_out,
     kept_out,
+    tokens,
     decays,
     drawn,
-    keys,
-    queries,
     sums,
     arrived,
     met,
@@ -274,13 +283,17 @@ def _factors(
     row, chunk = lax.axis_index("row"), lax.axis_index("chunk")
     share = lax.axis_index("wg")
     thread = Threads(interpret)
-    first = chunk * CHUNK
+    first, half = chunk * CHUNK, CHUNK // 2
+    surprises = sums.at[1]  # until sums are found
 
     @pl.when(share == 0)
     def _():
-        tokens = ((tokens_in.at[row, n], target) for n, target in enumerate((keys, queries)))
         rates = (decay_in.at[row], decays), (whitened_in.at[row], drawn)
-        _bring(pl.ds(first, CHUNK), arrived, *rates, *tokens)
+        _bring(pl.ds(first, CHUNK), arrived, *rates, *_each(tokens_in.at[row], tokens))
+        for part in range(2):
+            rows = pl.ds(first + part * half, half)
+            source = whitened_in.at[row, rows, pl.ds(WIDTH, WIDTH)]
+            mosaic.copy_in(source, surprises.at[part], arrived)
 
     one = thread.number(1.0)
     mosaic.barrier_wait(arrived)
@@ -289,7 +302,7 @@ def _factors(
     def _fade():
         def token(t, alpha):
             alpha = alpha * thread.row(decays.at[:, t])
-            faded = thread.own(thread.row(keys.at[:, t]), thread.row(queries.at[:, t]))
+            faded = thread.own(*(thread.row(tokens.at[n, :, t]) for n in range(2)))
             for piece, part in enumerate(pieces(alpha * faded, PIECES)):
                 thread.put(faded_out.at[row, :, piece, first + t], part)
             return alpha
@@ -298,32 +311,42 @@ def _factors(
 
     @pl.when(share == 1)
     def _move():
-        def few(step, end):
-            group = [CHUNK - 1 - step * FEW - n for n in range(FEW)]
-            drawn = [mosaic.load_threads(whitened_in.at[row, first + t]) for t in group]
-            for t, entries in zip(group, drawn, strict=True):
-                moved_out.at[row, first + t][...] = end * entries
-                end = thread.own(end * thread.row(decays.at[:, t]), one)
-            return end
+        end = one
+        for part in reversed(range(2)):
 
-        lax.fori_loop(0, CHUNK // FEW, few, one)
+            def token(step, end, part=part):
+                n = half - 1 - step
+                t = part * half + n
+                moved = end * thread.row(drawn.at[:, t])
+                moved = thread.own(moved, thread.row(surprises.at[part, n]))
+                moved_out.at[row, first + t][...] = moved
+                return end * thread.row(decays.at[:, t])
+
+            end = lax.fori_loop(0, half, token, end)
 
     place = lax.rem(thread.index, CHUNK)
+    taken = (thread.number(0.0),) * (WIDTH // 2)
+    for part in range(2):
+        mosaic.meet(met, interpret)
 
-    def through(rows, found):
-        def token(t, taken):
-            every = (thread.spread(ref.at[:, t]) for ref in (decays, drawn, rows))
+        def token(n, taken, part=part):
+            t = part * half + n
+            every = (thread.spread(ref.at[:, t]) for ref in (decays, drawn, tokens.at[share]))
             taken, total = _taken(place == t, taken, every)
-            thread.put(found.at[:, t], total)
+            thread.put(sums.at[share, :, n], total)
             return taken
 
-        lax.fori_loop(0, CHUNK, token, (thread.number(0.0),) * (WIDTH // 2))
+        taken = lax.fori_loop(0, half, token, taken)
+        mosaic.meet(met, interpret)
 
-    for own, rows in enumerate((keys, queries)):
-        pl.when(share == own)(partial(through, rows, sums.at[own]))
-    mosaic.meet(met, interpret)
-    found = sums.at[share]
-    factors_out.at[row, chunk, share][...] = mosaic.load(found.at[0]) + mosaic.load(found.at[1])
+        def leave(step, carry, part=part):
+            two = pl.ds(2 * step, 2)
+            found, other = (thread.halves(sums.at[share, n, two]) for n in range(2))
+            rows = pl.ds(part * half + 2 * step, 2)
+            thread.put(factors_out.at[row, chunk, share, rows], found + other)
+            return carry
+
+        lax.fori_loop(0, half // 2, leave, None)
 
 
 def of_drift(
@@ -359,14 +382,10 @@ def of_drift(
         [jax.ShapeDtypeStruct(tokens.shape, f32)] * 2,
         {"row": rows, "chunk": chunks},
         [
-            both,
-            both,
-            square,
-            square,
-            both,
-            both,
+            *[both] * 4,
+            *[square] * 3,
             mosaic.SMEM((CHUNK,), f32),
-            mosaic.barrier(num_arrivals=4),
+            mosaic.barrier(num_arrivals=7),
             mosaic.barrier(num_arrivals=SHARES),
         ],
         SHARES,
@@ -389,10 +408,11 @@ def _of_drift(
     of_rates_out,
     tokens,
     weights,
-    decays,
-    drifts,
     asked,
     tied,
+    decays,
+    drifts,
+    added,
     of_variances,
     arrived,
     met,
@@ -412,24 +432,23 @@ def _of_drift(
         mosaic.copy_in(of_variance_in.at[row, own], of_variances, arrived)
         mosaic.copy_in(weights_in.at[row, chunk], weights, arrived)
         mosaic.copy_in(tokens_in.at[row, :, own], tokens, arrived)
+        mosaic.copy_in(added_in.at[row, own], added, arrived)
+        mosaic.copy_in(of_tokens_in.at[row, :, own], asked, arrived)
+        mosaic.copy_in(of_end_in.at[row, own], tied.at[0], arrived)
 
     mosaic.barrier_wait(arrived)
 
     @pl.when(share == 0)
     def _ask():
-        def few(step, carry):
+        def token(t, carry):
             alpha, drift = carry
-            group = [step * FEW + n for n in range(FEW)]
-            added = [thread.row(added_in.at[row, first + t]) for t in group]
-            entering = [thread.halves(of_tokens_in.at[row, :, first + t]) for t in group]
-            for t, more, cotangent in zip(group, added, entering, strict=True):
-                decay = thread.row(decays.at[t])
-                alpha, drift = alpha * decay, decay * decay * drift + more
-                thread.put_row(drifts.at[t], drift)
-                thread.put(asked.at[:, t], alpha * cotangent)
+            decay, place = thread.row(decays.at[t]), asked.at[:, t]
+            alpha, drift = alpha * decay, decay * decay * drift + thread.row(added.at[t])
+            thread.put_row(drifts.at[t], drift)
+            thread.put(place, alpha * thread.halves(place))
             return alpha, drift
 
-        lax.fori_loop(0, CHUNK // FEW, few, (one, zero))
+        lax.fori_loop(0, CHUNK, token, (one, zero))
 
         def drawn(s):
             return thread.row(decays.at[s]), thread.row(drifts.at[s]) * thread.row(tokens.at[0, s])
@@ -475,7 +494,7 @@ def _of_drift(
                     for g, entry in zip(found, entries_of(t), strict=True)
                 )
 
-            ends = (thread.row(of_end_in.at[row, first + start + s]) for s in range(BLOCK))
+            ends = (thread.row(tied.at[0, start + s]) for s in range(BLOCK))
             found = tuple(thread.own(end, zero) for end in ends)
             found = list(lax.fori_loop(0, CHUNK - BLOCK - start, later, found))
             for n in reversed(range(BLOCK)):
@@ -509,17 +528,15 @@ def _of_drift(
 
     @pl.when(share == 0)
     def _rates():
-        def few(step, carry):
+        def token(step, carry):
             entering, of_decay = carry
-            group = [CHUNK - 1 - step * FEW - n for n in range(FEW)]
-            added = [thread.row(added_in.at[row, first + t]) for t in group]
-            for t, more in zip(group, added, strict=True):
-                decay = thread.row(decays.at[t])
-                of_added = thread.row(weights.at[0, t]) + entering
-                of_decay = of_decay + thread.row(weights.at[1, t]) - 2 * more * of_added
-                thread.put(of_rates_out.at[row, :, first + t], thread.own(of_added, of_decay))
-                entering = decay * decay * of_added
-            return entering, of_decay
+            t = CHUNK - 1 - step
+            decay = thread.row(decays.at[t])
+            of_added = thread.row(weights.at[0, t]) + entering
+            own = 2 * thread.row(added.at[t]) * of_added
+            of_decay = of_decay + thread.row(weights.at[1, t]) - own
+            thread.put(of_rates_out.at[row, :, first + t], thread.own(of_added, of_decay))
+            return decay * decay * of_added, of_decay
 
         last = (thread.row(of_last_in.at[row, chunk, n]) for n in range(2))
-        lax.fori_loop(0, CHUNK // FEW, few, tuple(last))
+        lax.fori_loop(0, CHUNK, token, tuple(last))
