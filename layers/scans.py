@@ -73,8 +73,8 @@ def filter_scan(
         dtype: of the operands of products that carry values (`layers.precision`).
         backend: "mosaic" runs the kernels of `layers.kernels`, which take the exact filter and
             `Restored` in chunks, with keys up to 128 and values up to or a multiple of 64 wide, on
-            Hopper GPUs; decay and drift per key, of the exact filter with keys up to 64, have their
-            gradient in XLA. "auto" runs them where they apply, and else XLA.
+            Hopper GPUs; where decay or drift is per key, keys up to 64 of the exact filter. "auto"
+            runs them where they apply, and else XLA.
             Means of a reset filter in bfloat16 come from jax-linear-attention's kernels there,
             where it is installed; "xla" is without.
 

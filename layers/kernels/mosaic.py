@@ -1,4 +1,4 @@
-r"""Every use of Pallas Mosaic GPU's names, and what kernels build on them.
+r"""Every use of Pallas Mosaic GPU's names but those of `threads`, and what kernels build on them.
 
 A matrix in registers is spread over a warpgroup in the layout of its tensor cores' accumulators
 (`MATRIX`); vectors along its rows and columns are in `ROWS` and `COLUMNS`. The tensor cores take
