@@ -1,7 +1,7 @@
 r"""What has a ratio of decays for every pair of tokens and key, a chunk at a time.
 
 Ratios are never kept, or found as exponentials: ρ_ts is a product of decays a, which goes on by
-one factor a token. In `factors` a thread owns a token s and half of its keys, and takes u_s
+one factor a token. In `factors` a thread owns a token s and a quarter of its keys, and takes u_s
 through the tokens that follow,
 
 $$ p_t = a_t\circ p_{t-1},\; p_s = u_s,\quad L_{ts} = k_t\cdot p_t,\quad R_{ts} = x_t\cdot p_t. $$
@@ -46,7 +46,8 @@ Tokens = Float[Array, "row two time key"]
 """Keys and queries."""
 Rows = Float[Array, "row time key"]
 
-_HALVES = (2, CHUNK, WIDTH // 2)
+_QUARTERS = (4, CHUNK, WIDTH // 4)
+"""A chunk's rows of keys; each half of a warpgroup takes a quarter of the keys through tokens."""
 
 
 class Prepared(NamedTuple):
@@ -90,18 +91,17 @@ def prepare(tokens: Tokens, decay: Rows, added: Rows, *, interpret: bool = False
         "last": ((rows, time // BLOCK, width), f32),
         "unread": ((rows, time), f32),
     }
-    halves = mosaic.SMEM(_HALVES, f32)
+    quarters = mosaic.SMEM(_QUARTERS, f32)
     run = mosaic.kernel(
         partial(_prepare, names=tuple(kinds), interpret=interpret),
         [jax.ShapeDtypeStruct(*kind) for kind in kinds.values()],
         {"row": rows, "chunk": time // CHUNK},
         [
-            mosaic.SMEM((2, *_HALVES), f32),
-            halves,
-            halves,
-            mosaic.SMEM((CHUNK, width), f32),
-            mosaic.SMEM((2, 2, CHUNK, BLOCK), f32),
-            mosaic.barrier(num_arrivals=6),
+            mosaic.SMEM((2, *_QUARTERS), f32),
+            quarters,
+            quarters,
+            mosaic.SMEM((2, 4, CHUNK, BLOCK), f32),
+            mosaic.barrier(num_arrivals=12),
             mosaic.barrier(num_arrivals=SHARES),
         ],
         SHARES,
@@ -112,11 +112,11 @@ def prepare(tokens: Tokens, decay: Rows, added: Rows, *, interpret: bool = False
 
 
 def _bring(own, arrived, *copies):
-    """Copy a chunk's rows of keys, in halves."""
+    """Copy a chunk's rows of keys, in quarters."""
     for source, target in copies:
-        for half in range(2):
-            columns = pl.ds(half * (WIDTH // 2), WIDTH // 2)
-            mosaic.copy_in(source.at[own, columns], target.at[half], arrived)
+        for quarter in range(4):
+            columns = pl.ds(quarter * (WIDTH // 4), WIDTH // 4)
+            mosaic.copy_in(source.at[own, columns], target.at[quarter], arrived)
 
 
 def _each(source, target):
@@ -126,13 +126,15 @@ def _each(source, target):
 
 def _prepare(tokens_in, decay_in, added_in, *refs, names, interpret):
     out = SimpleNamespace(**dict(zip(names, refs, strict=False)))
-    tokens, decays, drawn, unread, sums, arrived, met = refs[len(names) :]
+    tokens, decays, drawn, sums, arrived, met = refs[len(names) :]
     row, chunk = lax.axis_index("row"), lax.axis_index("chunk")
     share = lax.axis_index("wg")
     thread = Threads(interpret)
     first = chunk * CHUNK
     own = pl.ds(first, CHUNK)
+    mine = pl.ds(2 * share, 2)
     zero, one = thread.number(0.0), thread.number(1.0)
+    unread = sums.at[0]  # until sums are found
 
     @pl.when(share == 0)
     def _():
@@ -155,7 +157,7 @@ def _prepare(tokens_in, decay_in, added_in, *refs, names, interpret):
                     thread.put(out.tokens.at[row, :, piece, first + t], part)
                 thread.put(out.rates.at[row, :, first + t], thread.own(alpha, drift * key))
                 thread.put_row(drawn.at[:, t], drift * key)
-                thread.put_row(unread.at[t], drift * query * query)
+                thread.put_row(unread.at[:, t], drift * query * query)
             thread.put_row(out.last.at[row, chunk * (CHUNK // BLOCK) + index], drift)
             return carry
 
@@ -174,50 +176,52 @@ def _prepare(tokens_in, decay_in, added_in, *refs, names, interpret):
         lax.fori_loop(0, CHUNK // BLOCK, block, None)
 
     mosaic.meet(met, interpret)
+
+    @pl.when(share == 0)
+    def _leave_unread():
+        every = (mosaic.load(unread.at[quarter]) for quarter in range(4))
+        out.unread.at[row, own][...] = jnp.sum(_sum(every), axis=1)
+
+    mosaic.meet(met, interpret)
     place = lax.rem(thread.index, BLOCK)
 
     def token(n, taken):
-        every = (thread.spread_blocks(ref, n) for ref in (decays, drawn, tokens.at[share]))
-        taken, total = _taken(place == n, taken, every)
-        thread.put_blocks(sums.at[share], n, total)
+        def entries(ref):
+            return thread.spread_blocks(ref.at[mine], n)
+
+        taken = _taken(place == n, taken, entries(decays), entries(drawn))
+        for which in range(2):
+            product = _product(taken, entries(tokens.at[which]))
+            thread.put_blocks(sums.at[which, mine], n, product)
         return taken
 
-    lax.fori_loop(0, BLOCK, token, (zero,) * (WIDTH // 2))
+    lax.fori_loop(0, BLOCK, token, (zero,) * (WIDTH // 4))
     mosaic.meet(met, interpret)
-    found = mosaic.load(sums.at[share, 0]) + mosaic.load(sums.at[share, 1])
+    found = _sum(mosaic.load(sums.at[share, quarter]) for quarter in range(4))
+    for which, ref in enumerate((out.joint, out.asked)):
 
-    @pl.when(share == 0)
-    def _leave_joint():
-        out.joint.at[row, own][...] = found
-        out.unread.at[row, own][...] = jnp.sum(mosaic.load(unread), axis=1)
-
-    @pl.when(share == 1)
-    def _leave_asked():
-        out.asked.at[row, own][...] = found
+        @pl.when(share == which)
+        def _(ref=ref):
+            ref.at[row, own][...] = found
 
 
-def _taken(entering, taken, every):
-    """U of each thread's token taken one token on, and its product with what is there.
+def _taken(entering, taken, decays, entries):
+    """A quarter of u of each thread's token, one token on, which is where u enters."""
+    parts = zip(taken, decays, entries, strict=True)
+    return tuple(jnp.where(entering, new, decay * old) for old, decay, new in parts)
 
-    Args:
-        entering: whose token that is.
-        taken: half of u's keys, until the token before.
-        every: the token's decays, u and keys.
-    """
-    decays, entries, told = every
-    found = [
-        jnp.where(entering, new, decay * old)
-        for old, decay, new in zip(taken, decays, entries, strict=True)
-    ]
-    terms = list(zip(found, told, strict=True))
-    sums = []
-    for n in range(4):  # one sum alone would be waited for
-        (one, other), *rest = terms[n::4]
-        total = one * other
-        for one, other in rest:
-            total = total + one * other
-        sums.append(total)
-    return tuple(found), (sums[0] + sums[1]) + (sums[2] + sums[3])
+
+def _product(left, right):
+    """A sum of products, as four: one alone would be waited for."""
+    terms = [one * other for one, other in zip(left[:4], right[:4], strict=True)]
+    for n, (one, other) in enumerate(zip(left[4:], right[4:], strict=True)):
+        terms[n % 4] = terms[n % 4] + one * other
+    return _sum(terms)
+
+
+def _sum(four):
+    a, b, c, d = four
+    return (a + b) + (c + d)
 
 
 def factors(
@@ -243,17 +247,17 @@ def factors(
         jax.ShapeDtypeStruct((rows, time, width + WIDTH), f32),
         jax.ShapeDtypeStruct((rows, chunks, 2, width), f32),
     ]
-    halves = mosaic.SMEM(_HALVES, f32)
+    quarters = mosaic.SMEM(_QUARTERS, f32)
     run = mosaic.kernel(
         partial(_factors, interpret=interpret),
         out,
         {"row": rows, "chunk": chunks},
         [
-            mosaic.SMEM((2, *_HALVES), f32),
-            halves,
-            halves,
-            mosaic.SMEM((2, 2, CHUNK // 2, CHUNK), f32),
-            mosaic.barrier(num_arrivals=10),
+            mosaic.SMEM((2, *_QUARTERS), f32),
+            quarters,
+            quarters,
+            mosaic.SMEM((2, 4, BLOCK, CHUNK), f32),
+            mosaic.barrier(num_arrivals=20),
             mosaic.barrier(num_arrivals=SHARES),
         ],
         SHARES,
@@ -283,17 +287,17 @@ def _factors(
     row, chunk = lax.axis_index("row"), lax.axis_index("chunk")
     share = lax.axis_index("wg")
     thread = Threads(interpret)
-    first, half = chunk * CHUNK, CHUNK // 2
+    first, mine = chunk * CHUNK, pl.ds(2 * share, 2)
     surprises = sums.at[1]  # until sums are found
 
     @pl.when(share == 0)
     def _():
         rates = (decay_in.at[row], decays), (whitened_in.at[row], drawn)
         _bring(pl.ds(first, CHUNK), arrived, *rates, *_each(tokens_in.at[row], tokens))
-        for part in range(2):
-            rows = pl.ds(first + part * half, half)
+        for block in range(CHUNK // BLOCK):
+            rows = pl.ds(first + block * BLOCK, BLOCK)
             source = whitened_in.at[row, rows, pl.ds(WIDTH, WIDTH)]
-            mosaic.copy_in(source, surprises.at[part], arrived)
+            mosaic.copy_in(source, surprises.at[block], arrived)
 
     one = thread.number(1.0)
     mosaic.barrier_wait(arrived)
@@ -311,42 +315,44 @@ def _factors(
 
     @pl.when(share == 1)
     def _move():
-        end = one
-        for part in reversed(range(2)):
+        def token(step, end):
+            t = CHUNK - 1 - step
+            surprise = thread.row(surprises.at[t // BLOCK, lax.rem(t, BLOCK)])
+            moved = thread.own(end * thread.row(drawn.at[:, t]), surprise)
+            moved_out.at[row, first + t][...] = moved
+            return end * thread.row(decays.at[:, t])
 
-            def token(step, end, part=part):
-                n = half - 1 - step
-                t = part * half + n
-                moved = end * thread.row(drawn.at[:, t])
-                moved = thread.own(moved, thread.row(surprises.at[part, n]))
-                moved_out.at[row, first + t][...] = moved
-                return end * thread.row(decays.at[:, t])
-
-            end = lax.fori_loop(0, half, token, end)
+        lax.fori_loop(0, CHUNK, token, one)
 
     place = lax.rem(thread.index, CHUNK)
-    taken = (thread.number(0.0),) * (WIDTH // 2)
-    for part in range(2):
+
+    def block(index, taken):
+        start = index * BLOCK
         mosaic.meet(met, interpret)
 
-        def token(n, taken, part=part):
-            t = part * half + n
-            every = (thread.spread(ref.at[:, t]) for ref in (decays, drawn, tokens.at[share]))
-            taken, total = _taken(place == t, taken, every)
-            thread.put(sums.at[share, :, n], total)
+        def token(n, taken):
+            def entries(ref):
+                return thread.spread(ref.at[mine, start + n])
+
+            taken = _taken(place == start + n, taken, entries(decays), entries(drawn))
+            for which in range(2):
+                product = _product(taken, entries(tokens.at[which]))
+                thread.put(sums.at[which, mine, n], product)
             return taken
 
-        taken = lax.fori_loop(0, half, token, taken)
+        taken = lax.fori_loop(0, BLOCK, token, taken)
         mosaic.meet(met, interpret)
 
-        def leave(step, carry, part=part):
+        def leave(step, carry):
             two = pl.ds(2 * step, 2)
-            found, other = (thread.halves(sums.at[share, n, two]) for n in range(2))
-            rows = pl.ds(part * half + 2 * step, 2)
-            thread.put(factors_out.at[row, chunk, share, rows], found + other)
+            found = _sum(thread.halves(sums.at[share, quarter, two]) for quarter in range(4))
+            thread.put(factors_out.at[row, chunk, share, pl.ds(start + 2 * step, 2)], found)
             return carry
 
-        lax.fori_loop(0, half // 2, leave, None)
+        lax.fori_loop(0, BLOCK // 2, leave, None)
+        return taken
+
+    lax.fori_loop(0, CHUNK // BLOCK, block, (thread.number(0.0),) * (WIDTH // 4))
 
 
 def of_drift(

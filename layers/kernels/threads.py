@@ -45,7 +45,7 @@ class Threads:
         return jnp.where(self.first, one, other)
 
     def row(self, ref) -> Vector:
-        """A reference's 64 entries, or (2, 32), to both halves."""
+        """A reference's 64 entries, in one row or several, to both halves."""
         if self.interpret:
             return jnp.tile(ref[...].reshape(-1), 2)
         return _row(ref)  # pyright: ignore[reportCallIssue]
@@ -62,7 +62,7 @@ class Threads:
             _put(ref, value)  # pyright: ignore[reportCallIssue]
 
     def put_row(self, ref, value: Vector):
-        """Store what is the same in both halves to a reference of (64,) or (2, 32)."""
+        """Store what is the same in both halves to a reference of 64, in one row or several."""
         if self.interpret:
             ref[...] = value[:HALF].reshape(ref.shape)
         else:
@@ -108,7 +108,7 @@ def _places() -> tuple[ir.Value, ir.Value]:
 
 
 def _place_in(ref) -> list[ir.Value]:
-    """A thread's place in (64,) or (2, 32)."""
+    """A thread's place in its half, where that is one row or several."""
     _, place = _places()
     columns = arith.constant(place.type, ref.type.shape[-1])
     places = arith.divui(place, columns), arith.remui(place, columns)
