@@ -566,7 +566,8 @@ def test_kernels_lower_for_cuda(keys, dtype, dial):
 
 def test_kernels_of_rates_per_key_lower_for_cuda():
     case = Case(200, 64, 64, decay="key", drift="key", starts=(7,))
-    assert lowered(case, "float32") == (6, 2)
+    with jax.enable_x64(True):
+        assert lowered(case, "float32") == (6, 2)
 
 
 def lowered(case: Case, dtype: str, dial=None) -> tuple[int, int]:

@@ -183,13 +183,13 @@ def _prepare(tokens_in, decay_in, added_in, *refs, names, interpret):
         out.unread.at[row, own][...] = jnp.sum(_sum(every), axis=1)
 
     mosaic.meet(met, interpret)
-    place = lax.rem(thread.index, BLOCK)
+    place = thread.index % BLOCK
 
     def token(n, taken):
         def entries(ref):
             return thread.spread_blocks(ref.at[mine], n)
 
-        taken = _taken(place == n, taken, entries(decays), entries(drawn))
+        taken = _taken(place == jnp.int32(n), taken, entries(decays), entries(drawn))
         for which in range(2):
             product = _product(taken, entries(tokens.at[which]))
             thread.put_blocks(sums.at[which, mine], n, product)
@@ -324,7 +324,7 @@ def _factors(
 
         lax.fori_loop(0, CHUNK, token, one)
 
-    place = lax.rem(thread.index, CHUNK)
+    place = thread.index % CHUNK
 
     def block(index, taken):
         start = index * BLOCK
@@ -334,7 +334,7 @@ def _factors(
             def entries(ref):
                 return thread.spread(ref.at[mine, start + n])
 
-            taken = _taken(place == start + n, taken, entries(decays), entries(drawn))
+            taken = _taken(place == jnp.int32(start + n), taken, entries(decays), entries(drawn))
             for which in range(2):
                 product = _product(taken, entries(tokens.at[which]))
                 thread.put(sums.at[which, mine, n], product)
