@@ -91,6 +91,12 @@ def test_training_moves_the_chosen_restorations_and_no_others():
     assert dial[1] == 0
 
 
+def test_restored_parameters_have_the_types_that_a_step_leaves():
+    """Weakly typed, they would have the second step of a training compiled anew."""
+    restored = with_restoration(small(), layers=[1])
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(eqx.filter(restored, eqx.is_array)))
+
+
 def test_restored_layers_are_written_and_read_again(tmp_path):
     checkpoint = read_checkpoint(GOLDEN)
     model = with_restoration(checkpoint.model, layers=[2], heads=[1], restoration=0.3)

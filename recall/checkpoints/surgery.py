@@ -121,7 +121,7 @@ def restored_mixer(
     if not how.exact:
         chosen = tuple(head in how.heads for head in range(mixer.heads))
         number = float(np.log(restoration / (1 - restoration))) if how.by_logit else restoration
-        dial = jnp.where(jnp.asarray(chosen), number, 0.0)
+        dial = jnp.where(jnp.asarray(chosen), number, jnp.zeros(mixer.heads))
         link = OfChosen(chosen, how.by_logit)
         gates["restoration"] = PerHead(dial, link, learned=how.learned)
     gates["drift"] = _small_drift(mixer)

@@ -6,13 +6,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from layers import LanguageModel
 from layers.strength import noise_of
 from recall.checkpoints.surgery import restoration_of, restorations
 from recall.text.corpus import Rows
 
-from .forward import Compute, packed, run_rows
+from .forward import Compute, Packed, packed, run_rows
 
 _EDGE = 64
 """Tokens that "early" and "late" mean, after the first few."""
@@ -38,7 +39,7 @@ def inside(
     layers = tuple(dials)
     if not layers:
         return {}
-    read = eqx.filter_jit(lambda model: run_rows(model, batch, compute, keep=layers).normed)(model)
+    read = _read(model, batch, compute, layers)
     for layer in layers:
         mixer = model.blocks[layer].mixer
         assert restoration_of(mixer) is not None
@@ -50,6 +51,13 @@ def inside(
         means["restoration"] = dials[layer]
         found[str(layer)] = {name: np.asarray(part).tolist() for name, part in means.items()}
     return found
+
+
+@eqx.filter_jit
+def _read(
+    model: LanguageModel, batch: Packed, compute: Compute, layers: tuple[int, ...]
+) -> dict[int, Array]:
+    return run_rows(model, batch, compute, keep=layers).normed
 
 
 @eqx.filter_jit
