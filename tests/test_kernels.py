@@ -570,19 +570,30 @@ def test_kernels_of_rates_per_key_lower_for_cuda():
         assert lowered(case, "float32") == (6, 2)
 
 
+def test_layers_that_are_alike_share_their_kernels():
+    def both(arguments, starts):
+        first = outputs(arguments, starts, kernel_scan)
+        value = arguments["value"] + first["outputs"]
+        return first, outputs(arguments | {"value": value}, starts, kernel_scan)
+
+    case = Case(200, 64, 64, decay="scalar", drift="scalar", starts=(7,))
+    assert kernels_of(both, *draw(case, "float32")) == 1
+
+
 def lowered(case: Case, dtype: str, dial=None) -> tuple[int, int]:
     """How many kernels the gradient, and the filter alone, lower to."""
-    arguments, starts = draw(case, dtype, dial)
-    heads = jax.tree.map(lambda part: jnp.stack([part] * 2), arguments)
-
-    def lower(function):
-        mapped = jax.jit(jax.vmap(lambda head: function(head, starts)))
-        with mosaic.lowering_mesh():
-            return mapped.trace(heads).lower(lowering_platforms=("cuda",)).as_text()
-
     forms = differentiated(kernel_scan), lambda *inputs: outputs(*inputs, kernel_scan)
-    gradient, alone = (lower(form).count("mosaic_gpu_v2") for form in forms)
+    gradient, alone = (kernels_of(form, *draw(case, dtype, dial)) for form in forms)
     return gradient, alone
+
+
+def kernels_of(function, arguments: dict, starts) -> int:
+    """How many kernels a function of heads lowers to."""
+    heads = jax.tree.map(lambda part: jnp.stack([part] * 2), arguments)
+    mapped = jax.jit(jax.vmap(lambda head: function(head, starts)))
+    with mosaic.lowering_mesh():
+        text = mapped.trace(heads).lower(lowering_platforms=("cuda",)).as_text()
+    return text.count("mosaic_gpu_v2")
 
 
 def test_kernels_that_join_segments_lower_for_cuda():

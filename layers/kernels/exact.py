@@ -45,9 +45,10 @@ def filter_head(
 def _filter_head(
     head: Head, values: int, interpret: bool, whole: bool, axis: str | None
 ) -> Filtered:
-    return _run(head, values, interpret, whole, axis, save=False)[0]
+    return _run(head, values, interpret, whole, axis, False)[0]
 
 
+@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def _run(
     head: Head, values: int, interpret: bool, whole: bool, axis: str | None, save: bool
 ) -> tuple[Filtered, dict[str, Any]]:
@@ -100,11 +101,12 @@ def _run(
 
 
 def _forward(head: Head, values: int, interpret: bool, whole: bool, axis: str | None):
-    out, found = _run(head, values, interpret, whole, axis, save=True)
+    out, found = _run(head, values, interpret, whole, axis, True)
     kept = {name: found[name] for name in _KEPT if name in found}
     return out, (head, kept, out.last_covariance, out.last_mean)
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _backward(values: int, interpret: bool, whole: bool, axis: str | None, residuals, of: Filtered):
     head, kept, last_covariance, last_mean = residuals
     total, document = sums(unknown(head.log_decay), head.starts, CHUNK)

@@ -36,9 +36,10 @@ def filter_keywise_head(head: Head, values: int, interpret: bool = False) -> Fil
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _filter_head(head: Head, values: int, interpret: bool) -> Filtered:
-    return _run(head, values, interpret, save=False)[0]
+    return _run(head, values, interpret, False)[0]
 
 
+@partial(jax.jit, static_argnums=(1, 2, 3))
 def _run(head: Head, values: int, interpret: bool, save: bool):
     def rows(number: int, head: Head):
         tokens = jnp.stack([head.key, head.query], axis=1)
@@ -56,11 +57,12 @@ def _run(head: Head, values: int, interpret: bool, save: bool):
 
 
 def _forward(head: Head, values: int, interpret: bool):
-    out, found = _run(head, values, interpret, save=True)
+    out, found = _run(head, values, interpret, True)
     kept = {name: found[name] for name in ("whitened", "inverse_deviation", "covariances", "means")}
     return out, (head, kept, out.last_covariance, out.last_mean)
 
 
+@partial(jax.jit, static_argnums=(0, 1))
 def _backward(values: int, interpret: bool, residuals, of: Filtered):
     head, kept, last_covariance, last_mean = residuals
     of_last_covariance = (of.last_covariance + of.last_covariance.T) / 2
