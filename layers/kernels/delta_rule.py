@@ -108,13 +108,20 @@ def _rows(documents: bool, number: int, *head: Array):
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _head(head: DeltaHead, documents: bool):
+    return _run(head, documents)
+
+
+# A program of its own, so that layers that are alike share their kernels: each is lowered once.
+@partial(jax.jit, static_argnums=1)
+def _run(head: DeltaHead, documents: bool):
     return over_rows(partial(_rows, documents))(*head)
 
 
 def _forward(head: DeltaHead, documents: bool):
-    return _head(head, documents), head
+    return _run(head, documents), head
 
 
+@partial(jax.jit, static_argnums=0)
 def _backward(documents: bool, head: DeltaHead, cotangents):
     """Of all heads at once; the forward pass is made again, which is cheap."""
     *numbers, document = head

@@ -48,6 +48,7 @@ def _filter_head(
     return _run(head, values, interpret, whole, axis, False)[0]
 
 
+# A program of its own, so that layers that are alike share their kernels: each is lowered once.
 @partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def _run(
     head: Head, values: int, interpret: bool, whole: bool, axis: str | None, save: bool

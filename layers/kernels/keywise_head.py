@@ -39,6 +39,7 @@ def _filter_head(head: Head, values: int, interpret: bool) -> Filtered:
     return _run(head, values, interpret, False)[0]
 
 
+# A program of its own, so that layers that are alike share their kernels: each is lowered once.
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def _run(head: Head, values: int, interpret: bool, save: bool):
     def rows(number: int, head: Head):
