@@ -5,11 +5,12 @@
 Weights are random, in bfloat16, in folders that flash-linear-attention wrote; it must be
 installed, and a GPU be there. Errors are relative, by the norm of all logits: of
 flash-linear-attention's model in bfloat16, and of ours in bfloat16, to ours in float32. Times are
-of a forward pass.
+of a forward pass, and of steps that distil Bayesian Layers into the model.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,12 +23,16 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from safetensors.numpy import load_file
 
 from layers import LanguageModel, parameter_count
 from recall.checkpoints.folder import read_checkpoint
 from recall.checkpoints.model import logits
+from recall.checkpoints.surgery import with_restoration
 from recall.language.forward import Packed, head_of, run_rows
+from recall.language.objectives import on_teacher
+from recall.language.training import Descent, make_step, mesh_of, started
 from recall.records import keeper
 
 from .devices import measured
@@ -57,6 +62,7 @@ class Config:
     rows: int = 4
     time: int = 1024
     calls: int = 5
+    restored: tuple[int, ...] = (7, 14)
 
 
 def in_bfloat16(model: LanguageModel, rows: jax.Array) -> jax.Array:
@@ -87,7 +93,25 @@ def compared(settings: dict[str, Any], folder: Path, config: Config) -> dict[str
         "ms, flash-linear-attention": json.loads(said.splitlines()[-1])["ms"],
         "ms, bfloat16": measured(lambda: run(model, rows), config.calls)["ms"],
         "seconds to read": read_seconds,
+        "distilling": distilled(model, config),
     }
+
+
+def distilled(model: LanguageModel, config: Config) -> dict[str, float]:
+    """Tokens a second of `mbd distill --lean`, and the seconds before its second step."""
+    student = started(with_restoration(model, layers=config.restored))
+    objective = on_teacher(0, "bfloat16", task=0.5, answers=5.0, lean=True)
+    step = make_step(objective, Descent(1e-4, 2e-2, 400, 20), student, model, mesh_of(1))
+    shape = config.rows, config.time + 1
+    tokens = np.random.default_rng(0).integers(1, model.embedding.shape[0], shape, np.uint16)
+    seconds = []
+    for number in range(config.calls + 1):
+        start = time.perf_counter()
+        student, told = step(student, tokens, number)
+        jax.block_until_ready(told)
+        seconds.append(time.perf_counter() - start)
+    each = statistics.median(seconds[1:])
+    return {"tokens/s": config.rows * config.time / each, "seconds of the first step": seconds[0]}
 
 
 def run(config: Config, progress: Callable[[dict[str, Any]], None]) -> None:
