@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from layers.memory import Prediction
 from layers.mixer import SequenceMixer
-from layers.sources import Projected
+from layers.sources import Projected, ShortConvolution
 
 from .tasks.associative import directions
 
@@ -52,14 +52,14 @@ class Answer(eqx.Module):
 class GatedConvolution(eqx.Module):
     """conv(x) ∘ (W x + b) + x, with a causal convolution of every channel over three tokens."""
 
-    taps: Float[Array, "tap d_model"]
+    convolution: ShortConvolution
     offset: Float[Array, " d_model"]
     projection: eqx.nn.Linear
 
     def __init__(self, d_model: int, *, rng: PRNGKeyArray) -> None:
         rng_taps, rng_offset, rng_projection = jax.random.split(rng, 3)
         bound = 3**-0.5
-        self.taps = jax.random.uniform(rng_taps, (3, d_model), minval=-bound, maxval=bound)
+        self.convolution = ShortConvolution(d_model, 3, rng=rng_taps)
         self.offset = jax.random.uniform(rng_offset, (d_model,), minval=-bound, maxval=bound)
         linear = eqx.nn.Linear(d_model, d_model, key=rng_projection)
         weight = _DEVIATION * jax.random.normal(rng_projection, linear.weight.shape)
@@ -70,9 +70,7 @@ class GatedConvolution(eqx.Module):
     def __call__(
         self, x: Float[Array, "time d_model"]
     ) -> tuple[Float[Array, "time d_model"], None]:
-        count = len(self.taps)
-        past = jnp.pad(x, ((count - 1, 0), (0, 0)))
-        mixed = sum(past[i : i + len(x)] * tap for i, tap in enumerate(self.taps)) + self.offset
+        mixed = self.convolution(x, self.convolution.init_state())[0] + self.offset
         return mixed * jax.vmap(self.projection)(x) + x, None
 
 
