@@ -10,7 +10,7 @@ $$ L_{ts} = k_t^\top \mathrm{diag}(\rho_{ts}) u_s,\quad
 
 (`keywise_ratios.factors`), with which `local` finds what is asked of each chunk by itself, and
 `keywise_reverse.recur` passes through them. Ratios enter again in the chunk's own drift alone
-(`keywise_ratios.of_drift`).
+(`keywise_drift.of_drift`).
 """
 
 from functools import partial
@@ -22,7 +22,8 @@ from jaxtyping import Array
 
 from .head import Filtered, Head, over_rows
 from .keywise import decays, filter_keywise
-from .keywise_ratios import factors, of_drift, prepare
+from .keywise_drift import of_drift
+from .keywise_ratios import factors, prepare
 from .keywise_reverse import recur
 from .local import local_of_factors
 from .matrices import Numbers

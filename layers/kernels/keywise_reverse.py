@@ -11,7 +11,7 @@ $$ \bar P = \alpha_C\alpha_C^\top\circ\bar P' + \mathrm{sym}(\tilde K^\top E
    + \bar v\tilde X^\top\tilde X). $$
 
 What the chunk's own drift asks, which needs ratios, is found from Ĝ, H̄ and F̄ by
-`keywise_ratios.of_drift`. The layout is that of `reverse.recur`.
+`keywise_drift.of_drift`. The layout is that of `reverse.recur`.
 """
 
 from functools import partial
