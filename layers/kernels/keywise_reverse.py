@@ -24,7 +24,8 @@ from jaxtyping import Array, Float
 
 from . import mosaic
 from .forward import CHUNK, WIDTH
-from .matrices import PIECES, SHARES, SQUARE, Memory, Share, opaque_zero
+from .matrices import PIECES, SHARES, SQUARE, Memory, Share
+from .reverse import from_last, guide, of_start
 
 SUMS = "noise", "trace", "scale"
 
@@ -107,9 +108,7 @@ def _recur(*refs, names, places, chunks, interpret):
 
     def chunk(step, carry):
         of_mean_end, of_covariance_end = carry
-        c = chunks - 1 - step
-        before = jnp.maximum(c - 1, 0)
-        tokens, slot = pl.ds(c * CHUNK, CHUNK), lax.rem(step, 2)
+        c, before, tokens, slot = from_last(step, chunks)
         copies, copies_next = share == 0, jnp.logical_and(share == 0, c > 0)
 
         def leave(name, matrix, *at):
@@ -119,10 +118,7 @@ def _recur(*refs, names, places, chunks, interpret):
             at = tokens if name == "noise" else c
             out[name].at[row, share, at][...] = jnp.sum(matrix, axis=1)
 
-        numbers = memory.wait_numbers(slot)
-        # Indices anew too: what is known of diagonals would be kept from before the loop.
-        here = Share(share + opaque_zero(memory.vectors, slot), WIDTH // SHARES, interpret)
-        held = memory.find(slot)
+        numbers, here, held = memory.enter(slot, share)
         memory.bring(
             copies,
             "keys_there",
@@ -136,16 +132,15 @@ def _recur(*refs, names, places, chunks, interpret):
         of_value = here.load(of_value_in.at[row, c])
         cotangent = here.load(of_mean.at[row, tokens])
 
-        def find_spread():
+        def bring_queries():
             memory.bring(
                 copies,
                 "queries_there",
                 (tokens_in.at[row, 1, :, tokens], held.queries.ref),
                 (reads_in.at[row, c], held.reads.ref),
             )
-            return here.times((held.weights, held.of_covariances))
 
-        guided, spread = here.beside(find_spread, (held.spreads, held.of_means))
+        guided, spread = guide(here, held, bring_queries)
 
         def leave_square():
             here.put(held.squares.ref, guided - spread)
@@ -198,23 +193,12 @@ def _recur(*refs, names, places, chunks, interpret):
         asked = asked + seen
         held = memory.next_phase(slot)
 
-        def find_asked():
-            @pl.when(copies)
-            def _():
-                for ref in (of_value_in, of_joint_in):
-                    mosaic.prefetch(ref.at[row, before], interpret)
-                mosaic.prefetch(of_mean.at[row, pl.ds(before * CHUNK, CHUNK)], interpret)
-
+        def foresee():
+            values, joints = (ref.at[row, before] for ref in (of_value_in, of_joint_in))
+            memory.foresee(copies, values, joints, of_mean.at[row, pl.ds(before * CHUNK, CHUNK)])
             here.put(held.joints.ref, asked)
-            return here.times(
-                (held.keys.T, held.spreads),
-                (held.spreads.T, held.keys),
-                (held.queries.T, held.squares),
-            )
 
-        of_mean_start, doubled = here.beside(
-            find_asked, (held.of_values.T, held.keys), (held.given.T, held.queries)
-        )
+        of_mean_start, doubled = of_start(here, held, foresee)
         kept = here.across(numbers.alpha)
         of_mean_start = kept * of_mean_end + of_mean_start
         through = here.along(numbers.alpha) * kept

@@ -258,6 +258,12 @@ class Memory:
     def wait(self, group):
         mosaic.barrier_wait(self.refs[group])
 
-    def wait_numbers(self, slot):
+    def enter(self, slot, share):
+        """A chunk's numbers, once they are there; a share of its matrices; and operands.
+
+        The share's indices are new too: what is known of diagonals would be kept from before the
+        loop.
+        """
         mosaic.barrier_wait(self.refs["numbered"].at[slot])
-        return numbers_of(self.vectors.at[slot])
+        here = Share(share + opaque_zero(self.vectors, slot), WIDTH // SHARES, self.interpret)
+        return numbers_of(self.vectors.at[slot]), here, self.find(slot)

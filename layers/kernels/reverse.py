@@ -86,7 +86,7 @@ from jaxtyping import Array, Float
 
 from . import mosaic
 from .forward import CHUNK, WIDTH
-from .matrices import PIECES, SHARES, Memory, Share, opaque_zero, restores
+from .matrices import PIECES, SHARES, Memory, Share, restores
 
 
 def recur(
@@ -174,6 +174,12 @@ def joined(found: dict[str, Array]) -> dict[str, Array]:
     return found | {name: found[name].sum(axis=1) for name in shared}
 
 
+def from_last(step, chunks):
+    """Of a loop from the last chunk on: its number, the next one's, its tokens, and its slot."""
+    c = chunks - 1 - step
+    return c, jnp.maximum(c - 1, 0), pl.ds(c * CHUNK, CHUNK), lax.rem(step, 2)
+
+
 def guide(here, held, work):
     """ΘM̄' and BP̄', work done beside them."""
 
@@ -212,9 +218,7 @@ def _recur(*refs, names, places, chunks, interpret):
 
     def chunk(step, carry):
         of_mean_end, of_covariance_end = carry
-        c = chunks - 1 - step
-        before = jnp.maximum(c - 1, 0)
-        tokens, slot = pl.ds(c * CHUNK, CHUNK), lax.rem(step, 2)
+        c, before, tokens, slot = from_last(step, chunks)
         copies, copies_next = share == 0, jnp.logical_and(share == 0, c > 0)
 
         def leave(name, matrix):
@@ -225,10 +229,7 @@ def _recur(*refs, names, places, chunks, interpret):
             at = c if len(out[name].shape) == 4 else tokens
             out[name].at[row, share, at][...] = jnp.sum(matrix, axis=1)
 
-        numbers = memory.wait_numbers(slot)
-        # Indices anew too: what is known of diagonals would be kept from before the loop.
-        here = Share(share + opaque_zero(memory.vectors, slot), WIDTH // SHARES, interpret)
-        held = memory.find(slot)
+        numbers, here, held = memory.enter(slot, share)
         memory.bring(
             copies,
             "keys_there",

@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 
 from . import mosaic
 from .forward import CHUNK, WIDTH
-from .matrices import PIECES, SHARES, Memory, Share, opaque_zero
-from .reverse import guide, of_start
+from .matrices import PIECES, SHARES, Memory, Share
+from .reverse import from_last, guide, of_start
 
 States = Float[Array, "row key key"]
 
@@ -76,13 +76,9 @@ def _sweep(*refs, places, chunks, interpret):
 
     def chunk(step, carry):
         of_mean_end, of_covariance_end = carry
-        c = chunks - 1 - step
-        before = jnp.maximum(c - 1, 0)
-        tokens, slot = pl.ds(c * CHUNK, CHUNK), lax.rem(step, 2)
+        c, before, tokens, slot = from_last(step, chunks)
         copies, copies_next = share == 0, jnp.logical_and(share == 0, c > 0)
-        numbers = memory.wait_numbers(slot)
-        here = Share(share + opaque_zero(memory.vectors, slot), WIDTH // SHARES, interpret)
-        held = memory.find(slot)
+        numbers, here, held = memory.enter(slot, share)
         memory.bring(copies, "tokens_there", (key.at[row, :, tokens], held.keys.ref))
         fade, since = here.along(numbers.alpha), here.since(numbers)
         kept = numbers.alpha[CHUNK - 1]
