@@ -49,6 +49,11 @@ def drift(logit: Array) -> Array:
     return jnp.minimum(softplus(logit), 1.0)
 
 
+def stationary_variance(logit: Array) -> Array:
+    """A variance between 0 and 2; 1, that of the prior, at 0."""
+    return 2 * sigmoid(logit)
+
+
 def log_forget(logit: Array) -> Array:
     """GLA's log decay, log σ(logit)/τ."""
     return jax.nn.log_sigmoid(logit.astype(jnp.float32)) / GATE_TEMPERATURE

@@ -28,9 +28,10 @@ class StrengthMemory(eqx.Module):
     Args:
         value_width: rows of the memory.
         key_width: columns.
-        widths: shape at one token of `log_decay`, `drift`, `restoration` and `reset`, where it has
-            them. With a drift the covariance is kept: exactly, or as far as a restoration λ says,
-            and λ = 0 is the delta rule. Where λ is above 0 noise is kept in the range that float32
+        widths: shape at one token of `log_decay`, `drift` or `stationary`, `restoration` and
+            `reset`, where it has them. With a drift q, or a `stationary` variance p, which means
+            q = (1 − a²) p, the covariance is kept: exactly, or as far as a restoration λ says, and
+            λ = 0 is the delta rule. Where λ is above 0 noise is kept in the range that float32
             holds. `reset` is σ², in units of the variance that documents start from: noise is
             measured by it, so that it changes nothing at λ = 0.
         algorithm: how sequences are computed; the numbers are the same.
@@ -55,28 +56,35 @@ class StrengthMemory(eqx.Module):
         return self._filter().init_state()
 
     def __call__(self, u, state, *, segment_ids=None, mask=None) -> tuple[Prediction, Any]:
-        return self._filter()(_at_noise(u), state, segment_ids=segment_ids, mask=mask)
+        return self._filter()(filter_inputs(u), state, segment_ids=segment_ids, mask=mask)
 
     def step(self, u, state) -> tuple[Prediction, Any]:
-        return self._filter().step(_at_noise(u), state)
+        return self._filter().step(filter_inputs(u), state)
 
     def _filter(self) -> StreamMemory:
+        named = dict(self.widths)
+        if "stationary" in named:
+            named["drift"] = named.pop("stationary")
         return StreamMemory(
             self.value_width,
             self.key_width,
-            Exact() if "drift" in dict(self.widths) else Reset(),
-            (("noise", ()), *self.widths),
+            Exact() if "drift" in named else Reset(),
+            (("noise", ()), *named.items()),
             algorithm=self.algorithm,
         )
 
 
-def _at_noise(u: Inputs) -> dict[str, Array]:
-    reset = u.get("reset", jnp.ones(()))
-    noise = reset * noise_of(u["strength"], u["key"])
-    if "drift" in u:
+def filter_inputs(u: Inputs) -> dict[str, Array]:
+    """What the filter itself is given: noise for strengths, drift for stationary variances."""
+    given = dict(u)
+    reset = given.get("reset", jnp.ones(()))
+    noise = reset * noise_of(given.pop("strength"), given["key"])
+    if "stationary" in given:
+        given["drift"] = -jnp.expm1(2 * given["log_decay"]) * given.pop("stationary")
+    if "drift" in given:
         bounded = jnp.maximum(noise, jnp.maximum(reset, 1) / LARGEST_RATIO)
-        noise = jnp.where(u.get("restoration", jnp.ones(())) > 0, bounded, noise)
-    return {**{name: array for name, array in u.items() if name != "strength"}, "noise": noise}
+        noise = jnp.where(given.get("restoration", jnp.ones(())) > 0, bounded, noise)
+    return given | {"noise": noise}
 
 
 def noise_of(strength: Float[Array, "*time"], key: Float[Array, "*time key"]) -> Array:

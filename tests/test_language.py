@@ -167,7 +167,7 @@ def test_matching_layers_holds_restorations_and_moves_the_other_dials():
     training, told = matching(started(student), rows(), 0)
     before, after = dials(student.blocks[1].mixer), dials(training.model.blocks[1].mixer)
     np.testing.assert_array_equal(after["restoration"], before["restoration"])
-    for name in ("reset", "drift.bias"):
+    for name in ("reset", "stationary.bias"):
         np.testing.assert_allclose(abs(after[name] - before[name]), 0.1, rtol=1e-2)
     assert told["loss"] > 0
     moved = training.model.blocks[1].mixer.out - student.blocks[1].mixer.out

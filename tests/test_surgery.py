@@ -12,11 +12,12 @@ from test_checkpoints import EXPECTED, GOLDEN, SMALL, VARIANTS, drawn
 
 from design_models import ModelError
 from layers import LanguageModel
+from layers.sources import PerHead, identity
 from recall.checkpoints.comparison import compare
 from recall.checkpoints.configuration import configuration_of
 from recall.checkpoints.folder import read_checkpoint, write_checkpoint
 from recall.checkpoints.model import logits, model_of
-from recall.checkpoints.surgery import restoration_of, with_dials, with_restoration
+from recall.checkpoints.surgery import dials, restoration_of, with_dials, with_restoration
 
 TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 19, (1, 70)))
 LAYOUTS = ("as it comes", "grouped values", "DeltaNet, elu", "DeltaNet, bare keys")
@@ -102,7 +103,7 @@ def test_restored_layers_are_written_and_read_again(tmp_path):
     model = with_restoration(checkpoint.model, layers=[2], heads=[1], restoration=0.3)
     model = with_restoration(model, layers=[1], restoration=1.0, learned=False)
     changed = with_dials(
-        model.blocks[2].mixer, {"reset": jnp.full(2, 0.1), "drift.bias": jnp.full(2, -3.0)}
+        model.blocks[2].mixer, {"reset": jnp.full(2, 0.1), "stationary.bias": jnp.full(2, -3.0)}
     )
     model = eqx.tree_at(lambda model: model.blocks[2].mixer, model, changed)
     write_checkpoint(tmp_path / "out", replace(checkpoint, model=model))
@@ -143,6 +144,58 @@ def test_what_is_restored_for_good_is_the_exact_filter():
     dialled = with_restoration(model, layers=[0], restoration=1.0)
     assert "restoration" not in held.blocks[0].mixer.sources
     assert furthest(logits(held, TOKENS), logits(dialled, TOKENS)) < 5e-5
+
+
+def test_a_restored_layer_is_the_filter_of_a_memory_that_keeps_its_variance():
+    """S = a S + N(0, (1 − a²) p), v = S k + N(0, σ² (1/β − |k|²)): token by token in float64."""
+    mixer = with_restoration(small(), layers=[0], restoration=1.0).blocks[0].mixer
+    rng = np.random.default_rng(0)
+    own = dials(mixer)
+    changes = {
+        "stationary.weight": jnp.asarray(rng.normal(0, 0.3, own["stationary.weight"].shape)),
+        "reset": jnp.asarray([0.3, -0.2]),
+    }
+    mixer = with_dials(mixer, changes)
+    x = jnp.asarray(rng.normal(0, 1, (40, mixer.d_model)), jnp.float32)
+    u = {name: np.asarray(part, float) for name, part in mixer.head_inputs(x).items()}
+    prediction = mixer(x)[1]
+    logit = np.asarray(x, float) @ np.asarray(changes["stationary.weight"], float)
+    for head in range(mixer.heads):
+        memory = np.zeros((u["value"].shape[-1], u["key"].shape[-1]))
+        covariance = np.eye(u["key"].shape[-1])
+        for t in range(len(x)):
+            key, query = u["key"][t, head], u["query"][t, head]
+            decay = np.exp(u["log_decay"][t, head])
+            noise = np.exp(changes["reset"][head]) * (1 / u["strength"][t, head] - key @ key)
+            variance = 2 / (1 + np.exp(-logit[t, head]))
+            covariance = decay**2 * covariance + (1 - decay**2) * variance * np.eye(len(key))
+            gain = covariance @ key / (key @ covariance @ key + noise)
+            memory = decay * memory
+            memory = memory + np.outer(u["value"][t, head] - memory @ key, gain)
+            covariance = covariance - np.outer(gain, key @ covariance)
+            np.testing.assert_allclose(
+                prediction.mean[t, head], memory @ query, rtol=1e-4, atol=1e-5
+            )
+            np.testing.assert_allclose(
+                prediction.variance[t, head], query @ covariance @ query, rtol=1e-4, atol=1e-6
+            )
+
+
+def test_where_nothing_is_written_a_restored_layer_is_as_sure_as_its_delta_rule():
+    """However fast it decays: gains at the start are its strengths, and so they are later on."""
+    model = small()
+    mixer = with_restoration(model, layers=[0], restoration=1.0).blocks[0].mixer
+    silent = eqx.tree_at(
+        lambda mixer: mixer.sources["strength"],
+        mixer,
+        PerHead(jnp.full(mixer.heads, 1e-6), identity),
+    )
+    x = jnp.asarray(np.random.default_rng(0).normal(0, 1, (60, mixer.d_model)), jnp.float32)
+    u, prediction = silent.head_inputs(x), silent(x)[1]
+    assert float(u["log_decay"].min()) < -1
+    np.testing.assert_allclose(
+        prediction.variance, jnp.sum(jnp.square(u["query"]), axis=-1), rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize(

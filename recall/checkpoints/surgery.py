@@ -65,8 +65,11 @@ def with_restoration(
     $$ P^- = \lambda\,(a P a + q) + (1 - \lambda)\,\sigma^2 I,\quad
        r = \sigma^2 (1/\beta - |k|^2) $$
 
-    Each gets a λ, a drift q, softplus of a projection that begins as 0 plus `DRIFT_BIAS`, and a
-    σ², which begins as 1, the variance that documents start from. All other weights stay as they
+    Each gets a λ, a σ², which begins as 1, the variance that documents start from, and a drift
+    q = (1 − a²) p, p a projection that begins as 1: where nothing is written, the covariance stays
+    that of the delta rule, whatever its decay. (A small constant drift instead would let the
+    covariance of a head that decays fast vanish, and with it what it writes.) Where nothing decays
+    the drift begins as softplus of `DRIFT_BIAS`, which is small. All other weights stay as they
     are. At λ = 0 logits are those of `model` to rounding. Where λ is above 0, noise is at least
     max(σ², 1) / `LARGEST_RATIO`.
 
@@ -124,7 +127,7 @@ def restored_mixer(
         dial = jnp.where(jnp.asarray(chosen), number, jnp.zeros(mixer.heads))
         link = OfChosen(chosen, how.by_logit)
         gates["restoration"] = PerHead(dial, link, learned=how.learned)
-    gates["drift"] = _small_drift(mixer)
+    gates |= _begun_alike(mixer)
     gates["reset"] = PerHead(jnp.zeros(mixer.heads), jnp.exp)
     sources = mixer.sources | gates
     memory = replace(memory, widths=gate_shapes(gates))
@@ -133,7 +136,7 @@ def restored_mixer(
 
 def restoration_of(mixer: SequenceMixer) -> Restoration | None:
     """How a checkpoint's mixer is restored; None where it is a delta rule."""
-    if "drift" not in mixer.sources:
+    if _kept_by(mixer) is None:
         return None
     dial = mixer.sources.get("restoration")
     if dial is None:
@@ -152,7 +155,9 @@ def dials(mixer: SequenceMixer) -> dict[str, Array]:
 def _dials(mixer: Any) -> dict[str, Any]:
     sources = mixer.sources
     found = {"reset": sources["reset"].parameter}
-    found |= {"drift.weight": sources["drift"].weight, "drift.bias": sources["drift"].bias}
+    name = _kept_by(mixer)
+    assert name is not None
+    found |= {f"{name}.weight": sources[name].weight, f"{name}.bias": sources[name].bias}
     if "restoration" in sources:
         found["restoration"] = sources["restoration"].parameter
     return found
@@ -163,6 +168,11 @@ def with_dials(mixer: SequenceMixer, values: Mapping[str, Any]) -> SequenceMixer
     return eqx.tree_at(
         lambda mixer: [_dials(mixer)[name] for name in values], mixer, list(values.values())
     )
+
+
+def _kept_by(mixer: Any) -> str | None:
+    """What a covariance is kept with: a stationary variance or a drift; None where it is reset."""
+    return next((name for name in ("stationary", "drift") if name in mixer.sources), None)
 
 
 def restorations(model: LanguageModel) -> dict[int, np.ndarray]:
@@ -176,12 +186,13 @@ def restorations(model: LanguageModel) -> dict[int, np.ndarray]:
     return found
 
 
-def _small_drift(mixer: SequenceMixer) -> Projected:
-    """A drift that begins the same at every token."""
-    drift = Projected(
-        mixer.d_model, mixer.heads, (), links.drift, bias=DRIFT_BIAS, rng=jax.random.key(0)
-    )
-    return eqx.tree_at(lambda drift: drift.weight, drift, jnp.zeros_like(drift.weight))
+def _begun_alike(mixer: SequenceMixer) -> dict[str, Projected]:
+    """The stationary variance, or where nothing decays the drift: at first the same everywhere."""
+    decays = "log_decay" in mixer.sources
+    link, bias = (links.stationary_variance, 0.0) if decays else (links.drift, DRIFT_BIAS)
+    projected = Projected(mixer.d_model, mixer.heads, (), link, bias=bias, rng=jax.random.key(0))
+    still = eqx.tree_at(lambda part: part.weight, projected, jnp.zeros_like(projected.weight))
+    return {"stationary" if decays else "drift": still}
 
 
 def _numbers(name: str, given: Sequence[int] | None, count: int) -> Sequence[int]:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from layers import LanguageModel
-from layers.strength import noise_of
+from layers.strength import filter_inputs, noise_of
 from recall.checkpoints.surgery import restoration_of, restorations
 from recall.text.corpus import Rows
 
@@ -76,7 +76,7 @@ def _of_tokens(mixer: Any, read: Any) -> dict[str, Any]:
         return {
             "strength": 1 / (given + jnp.sum(jnp.square(u["key"].astype(jnp.float32)), axis=-1)),
             "decay": jnp.exp(u.get("log_decay", jnp.zeros_like(noise))),
-            "drift": u["drift"],
+            "drift": filter_inputs(u)["drift"],
             "reset": u["reset"],
             "noise": noise,
             "variance": prediction.variance,
