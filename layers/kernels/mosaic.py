@@ -9,7 +9,7 @@ below what is kept, and left out (`product`).
 
 import contextlib
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from jax.experimental.mosaic.gpu import utils as mosaic_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, memref, nvvm
+from jaxlib.mlir.dialects import arith, gpu, memref, nvvm, vector
 from jaxlib.mlir.dialects import math as mlir_math
 
 BLOCK = 16
@@ -277,6 +277,10 @@ def product_beside[Done](
     return pl.run_scoped(accumulate, _accumulator(shape))
 
 
+def meet_warp():
+    nvvm.bar_warp_sync(arith.constant(ir.IntegerType.get_signless(32), 0xFFFFFFFF))
+
+
 def invert_blocks(factor, scale, first, interpret: bool):
     """Invert, in place, a warpgroup's two diagonal blocks of 16 of a lower-triangular matrix.
 
@@ -383,9 +387,9 @@ def eliminate(
         inverse_deviation: (16,), where 1/L_tt is left.
         keys: how many columns decay, 64 a warpgroup.
         kept: λ, (16,); None for 1.
-        interpret: whether the kernel is interpreted, which knows no shuffles.
+        interpret: whether the kernel is interpreted, which knows no threads.
     """
-    form: Any = _eliminate_plainly if interpret else _eliminate_by_shuffles
+    form: Any = _eliminate_plainly if interpret else _eliminate_by_fours
     places = joint, noise, columns, whitened, inverse_deviation
     rates = {"decay": decay, "restored": kept}
     given = {name: rate for name, rate in rates.items() if rate is not None}
@@ -435,16 +439,19 @@ def _eliminate_plainly(keys, names, joint, noise, columns, whitened, inverse_dev
                 entry[m][n] = entry[m][n] - factor[m] * lasting[n]
 
 
-def _eliminate_by_shuffles(
+def _eliminate_by_fours(
     keys, names, ctx, joint, noise, columns, whitened, inverse_deviation, *rates
 ):
-    # Row m of G lies in the registers of lane m % 16 of every warp, and warp shuffles broadcast
-    # its entries; two pivots share the latency of a reciprocal root.
+    # Row m of G lies in the registers of lane m % 16 of every warp. Four pivots are taken at once:
+    # their rows, and those of L below, reach all lanes by way of the warp's own columns of the last
+    # four rows of `whitened`, where a load brings four numbers and a shuffle one. Two pivots share
+    # the latency of a reciprocal root. What the next pivots do not wait for is done while they are
+    # on the way. Rows start at multiples of 16 bytes.
     del ctx
     rates = dict(zip(names, rates, strict=True))
     decay, restored = rates.get("decay"), rates.get("restored")
     f32 = ir.F32Type.get()
-    i32 = ir.IntegerType.get_signless(32)
+    four = ir.VectorType.get((4,), f32)
     position = ir.IndexType.get()
     contract = arith.FastMathFlags.contract
 
@@ -454,25 +461,40 @@ def _eliminate_by_shuffles(
     def plus(x, y):
         return arith.addf(x, y, fastmath=contract)
 
-    def times_plus(x, y, z):
-        return mlir_math.fma(x, y, z)
+    def more(total, row, other):
+        for x, y in zip(row, other, strict=True):
+            total = times(x, y) if total is None else mlir_math.fma(x, y, total)
+        return total
+
+    def less(total, row, other):
+        return more(total, [arith.negf(x) for x in row], other)
 
     def at(number):
         return arith.constant(position, number)
-
-    def word(number):
-        return arith.constant(i32, number)
 
     def reciprocal_root(x):
         return mosaic_utils.inline_ptx(
             "rsqrt.approx.ftz.f32 $0, $1;", x, result_types=f32, has_side_effects=False
         )
 
-    def from_lane(x, lane):
-        moved = nvvm.shfl_sync(
-            word(0xFFFFFFFF), arith.bitcast(i32, x), word(lane), word(0x1F), nvvm.ShflKind.idx
-        )
-        return arith.bitcast(f32, moved)
+    def fetch(ref, *place):
+        loaded = vector.load(four, ref, place, alignment=16)
+        return [vector.extract(loaded, dynamic_position=[], static_position=[n]) for n in range(4)]
+
+    def put(numbers, ref, *place):
+        vector.store(vector.from_elements(four, numbers), ref, place, alignment=16)
+
+    def pair(first, between, second, share):
+        """Of two pivots: what scales each, and what a row's second entry has of its first."""
+        lasting = times(between, share)
+        determinant = less(times(first, second), [between], [lasting])
+        scale = reciprocal_root(first)
+        scale_second = times(reciprocal_root(times(determinant, first)), first)
+        return scale, scale_second, times(times(lasting, scale), scale)
+
+    def divided(row, by):
+        scale, scale_second, ratio = by
+        return [times(row[0], scale), times(less(row[1], row[:1], [ratio]), scale_second)]
 
     thread = arith.remui(gpu.thread_id(gpu.Dimension.x), at(WARPGROUP))
     lane = arith.remui(thread, at(BLOCK))
@@ -480,69 +502,110 @@ def _eliminate_by_shuffles(
     fading = arith.cmpi(arith.CmpIPredicate.ult, thread, at(64))
     place, owned = thread, None
     if decay is None:
-        place = arith.remui(thread, at(64))
+        owned = fading
     elif keys > 64:
         warpgroup = arith.divui(gpu.thread_id(gpu.Dimension.x), at(WARPGROUP))
         first = arith.muli(warpgroup, at(64))
         place = arith.addi(thread, arith.select(fading, first, at(keys - 64)))
         owned = arith.ori(fading, arith.cmpi(arith.CmpIPredicate.eq, warpgroup, at(0)))
+
+    def fades_of(start):
+        if decay is None:
+            return [one] * 4
+        if len(decay.type.shape) == 1:
+            fades = fetch(decay, at(start))
+        else:
+            own = arith.remui(thread, at(64))
+            fades = [memref.load(decay, [at(start + n), own]) for n in range(4)]
+        return [arith.select(fading, fade, one) for fade in fades]
+
+    def whiten():
+        of_warp = arith.subi(place, arith.remui(thread, at(32)))
+        eights = at(8)
+
+        def put_own(numbers, row):
+            after = arith.muli(arith.remui(lane, eights), at(4))
+            line = arith.addi(at(row), arith.divui(lane, eights))
+            put(numbers, whitened, line, arith.addi(of_warp, after))
+            meet_warp()
+
+        def fetch_of(m, row):
+            return fetch(whitened, at(row + m // 8), arith.addi(of_warp, at(4 * (m % 8))))
+
+        rows = [fetch(joint, at(m), at(0)) for m in range(4)]
+        noises = fetch(noise, at(0))
+        entry = [x for j in range(0, BLOCK, 4) for x in fetch(joint, lane, at(j))]
+        told: list[Any] = [None] * BLOCK  # of the pivots so far, until the last of them
+        shares = [one] * BLOCK
+        if restored is not None:
+            shares = [x for j in range(0, BLOCK, 4) for x in fetch(restored, at(j))]
+
+        def update(start, own, m):
+            row = fetch_of(m, 12)
+            if restored is None:
+                entry[m] = less(entry[m], own, row)
+            else:
+                share = reduce(times, shares[start + 4 : m + 1])
+                entry[m] = less(entry[m], [share], [more(None, own, row)])
+            return row
+
+        def leave(start, written, scales, lower, below, own):
+            put(scales, inverse_deviation, at(start))
+            since, faded = one, []
+            for n, fade in enumerate(fades_of(start)):
+                since, m = times(since, fade), start + n
+                column = written[n] if told[m] is None else less(written[n], [told[m]], [since])
+                faded = [times(x, fade) for x in faded]
+                faded.append(times(less(column, faded, lower[n]), scales[n]))
+                memref.store(faded[n], whitened, [at(m), place])
+            for m in range(start + 4, BLOCK):
+                row = below[m] if m in below else update(start, own, m)
+                kept = None if told[m] is None else times(told[m], since)
+                told[m] = more(kept, row, faded)
+            meet_warp()
+
+        after: Any = None
+        for start in range(0, BLOCK, 4):
+            if after is not None:
+                put_own(entry[start : start + 4], 14)
+                rows = [fetch_of(start + n, 14) for n in range(4)]
+                noises = fetch(noise, at(start))
+                after()
+            written = [memref.load(columns, [at(start + n), place]) for n in range(4)]
+            diagonal = [plus(rows[n][n], noises[n]) for n in range(4)]
+            shared = shares[start : start + 4]
+            until_third = [times(shared[1], shared[2]), shared[2]]
+            until_last = [*(times(share, shared[3]) for share in until_third), shared[3]]
+            head = pair(diagonal[0], rows[1][0], diagonal[1], shared[1])
+            third, last = divided(rows[2], head), divided(rows[3], head)
+            third_kept = list(map(times, third, until_third))
+            last_kept = list(map(times, last, until_last))
+            between = less(rows[3][2], last, third_kept)
+            tail = pair(
+                less(diagonal[2], third, third_kept),
+                between,
+                less(diagonal[3], last, last_kept),
+                shared[3],
+            )
+            scales = [*head[:2], *tail[:2]]
+            lower = [[], [times(rows[1][0], head[0])], third, [*last, times(between, tail[0])]]
+            if start + 4 < BLOCK:
+                own = divided(entry[start : start + 2], head)
+                rest = [
+                    less(entry[start + 2], own, third_kept),
+                    less(entry[start + 3], own, last_kept),
+                ]
+                own += divided(rest, tail)
+                put_own(own, 12)
+                own = [*map(times, own, until_last), own[3]]
+                below = {m: update(start, own, m) for m in range(start + 4, start + 8)}
+            else:
+                below, own = {}, None
+            after = partial(leave, start, written, scales, lower, below, own)
+        after()
+
     # Generic stores to shared memory alone are waited for: no operand of the tensor cores.
     mosaic_utils.warpgroup_barrier()
-    entry = [memref.load(joint, [lane, at(j)]) for j in range(BLOCK)]
-    own_noise = memref.load(noise, [lane])
-    kept = [one] * BLOCK
-    if decay is not None:
-        own = [arith.remui(thread, at(64))] if len(decay.type.shape) == 2 else []
-        kept[1:] = [
-            arith.select(fading, memref.load(decay, [at(j), *own]), one) for j in range(1, BLOCK)
-        ]
-    column = [memref.load(columns, [at(j), place]) for j in range(BLOCK)]
-    shares = [] if restored is None else [memref.load(restored, [at(j)]) for j in range(BLOCK)]
-
-    def leave(j, scale):
-        with contextlib.nullcontext() if owned is None else mosaic_utils.when(owned):
-            memref.store(column[j], whitened, [at(j), place])
-        memref.store(scale, inverse_deviation, [at(j)])
-
-    for j in range(0, BLOCK, 2):
-        first = from_lane(plus(entry[j], own_noise), j)
-        between = from_lane(entry[j], j + 1)
-        second = from_lane(plus(entry[j + 1], own_noise), j + 1)
-        rest = range(j + 2, BLOCK)
-        # The next pivots' rows are scaled by every lane, while others wait for the lanes that own
-        # them: fewer instructions, and those in turn do not wait.
-        below = {m: (from_lane(entry[j], m), from_lane(entry[j + 1], m)) for m in rest[:2]}
-        lasting = times(between, shares[j + 1]) if shares else between
-        determinant = times_plus(arith.negf(between), lasting, times(first, second))
-        scale = reciprocal_root(first)
-        scale_second = times(reciprocal_root(times(determinant, first)), first)
-        factor = times(between, scale)
-        minus_square = arith.negf(times(times(lasting, scale), scale))
-        column[j] = times(column[j], scale)
-        leave(j, scale)
-        faded = times(column[j], kept[j + 1])
-        column[j + 1] = times(times_plus(faded, arith.negf(factor), column[j + 1]), scale_second)
-        leave(j + 1, scale_second)
-        if not len(rest):
-            break
-
-        def scaled_second(one, other, square=minus_square, scale=scale_second):
-            return times(times_plus(one, square, other), scale)
-
-        own = arith.negf(times(entry[j], scale))
-        own_second = arith.negf(scaled_second(entry[j], entry[j + 1]))
-        faded = arith.negf(faded)
-        faded_second = arith.negf(column[j + 1])
-        share, share_second = (shares[j + 1], one) if shares else (one, one)
-        for m in rest:
-            faded, faded_second = times(faded, kept[m]), times(faded_second, kept[m])
-            if m in below:
-                row, row_second = times(below[m][0], scale), scaled_second(*below[m])
-            else:
-                row, row_second = (arith.negf(from_lane(x, m)) for x in (own, own_second))
-            column[m] = times_plus(faded_second, row_second, times_plus(faded, row, column[m]))
-            if shares:
-                share, share_second = times(share, shares[m]), times(share_second, shares[m])
-                row, row_second = times(row, share), times(row_second, share_second)
-            entry[m] = times_plus(own_second, row_second, times_plus(own, row, entry[m]))
+    with contextlib.nullcontext() if owned is None else mosaic_utils.when(owned):
+        whiten()
     mosaic_utils.warpgroup_barrier()
