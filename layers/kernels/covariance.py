@@ -149,11 +149,20 @@ def narrow_block(reads=True):
             pairs(split, pieces_of(here.keys, slot, tokens), 3),
             lambda: mosaic.load_transposed(here.keys_plain.at[slot, tokens]) * drift,
         )
-        tied = carried * along_columns(fade, thin) + drifted
-        mosaic.store_transposed(here.columns.at[:, pl.ds(0, WIDTH)], tied)
-        for piece, part in enumerate(pieces(tied, COVARIANCE_PIECES)):
-            here.drawn.at[0, piece][...] = part
-        mosaic.commit_smem()
+
+        def tie():
+            tied = carried * along_columns(fade, thin) + drifted
+            mosaic.store_transposed(here.columns.at[:, pl.ds(0, WIDTH)], tied)
+            for piece, part in enumerate(pieces(tied, COVARIANCE_PIECES)):
+                here.drawn.at[0, piece][...] = part
+            mosaic.commit_smem()
+
+        seen = None
+        if reads:
+            terms = pairs(split, pieces_of(here.queries, slot, tokens), 3)
+            seen, _ = beside(thin, terms, tie)
+        else:
+            tie()
         drawn_pieces = [here.drawn.at[0, piece] for piece in range(COVARIANCE_PIECES)]
         between, ratios = beside(
             (CHUNK, BLOCK),
@@ -163,15 +172,9 @@ def narrow_block(reads=True):
         place = 0 if reads else turn(start)
         here.joint.at[place, :, pl.ds(0, BLOCK)][...] = between * ratios
         mosaic.barrier_wait(here.innovations_ready)
-        eliminate = partial(_eliminate, here, 0, slot, tokens, place)
-        if reads:
-            terms = pairs(split, pieces_of(here.queries, slot, tokens), 3)
-            seen, _ = beside(thin, terms, eliminate)
-            seen = seen * mosaic.load_transposed(here.queries_plain.at[slot, tokens])
-            mosaic.store_transposed(here.read.at[tokens, pl.ds(0, WIDTH)], seen)
-        else:
+        if not reads:
             mosaic.barrier_arrive(here.joint_ready)
-            eliminate()
+        _eliminate(here, 0, slot, tokens, place)
         own = mosaic.load_transposed(here.whitened.at[:, pl.ds(0, WIDTH)])
         for piece, part in enumerate(pieces(own, COVARIANCE_PIECES)):
             here.moved.at[0, piece][...] = part
@@ -181,9 +184,14 @@ def narrow_block(reads=True):
         right = across(here.moved.at[0], COVARIANCE_PIECES, pl.ds(0, WIDTH))
         kept = through_all(here, slot, start)
         added = here.drifts[slot, start + BLOCK - 1]
-        absorbed, faded = beside(
-            square, pairs(left, right, 3), lambda: covariance * kept + spread * added
-        )
+
+        def fade_and_read():
+            if seen is not None:
+                read = seen * mosaic.load_transposed(here.queries_plain.at[slot, tokens])
+                mosaic.store_transposed(here.read.at[tokens, pl.ds(0, WIDTH)], read)
+            return covariance * kept + spread * added
+
+        absorbed, faded = beside(square, pairs(left, right, 3), fade_and_read)
         return (faded - absorbed,)
 
     return block

@@ -296,10 +296,8 @@ def _body(*refs, sources, names, scratch, chunks, slots, ahead, save, interpret)
 
             @pl.when(jnp.logical_and(c >= 0, c + slots < chunks))
             def _():
-                slot = lax.rem(c, slots)
-                mosaic.barrier_wait(here.free.at[slot])
                 mosaic.commit_smem()  # this warpgroup's own warps may be reading the chunk yet
-                bring(c + slots, slot)
+                bring(c + slots, lax.rem(c, slots))
 
         def lasting(slot, tokens):
             """What restoration keeps of each of the block's tokens until the chunk's."""
@@ -392,6 +390,7 @@ def _body(*refs, sources, names, scratch, chunks, slots, ahead, save, interpret)
 
             start = mosaic.zeros((CHUNK,), ROWS)
             mean, entered_next, squares = lax.fori_loop(0, blocks, block, (*carry, start))
+            mosaic.barrier_wait(here.free.at[slot])
             now = in_turn(slot, 0)
             read = [load(now.read.at[:, columns]) for columns in tiles]
             entered = reduce(add, [jnp.sum(part, axis=1) for part in read])
@@ -421,8 +420,6 @@ def _body(*refs, sources, names, scratch, chunks, slots, ahead, save, interpret)
             mosaic.barrier_wait(here.full.at[0])
             entered = enter(mean, 0, 0)
         mean, _ = lax.fori_loop(0, chunks, chunk, (mean, entered))
-        for c in range(chunks - slots, chunks):
-            mosaic.barrier_wait(here.free.at[c % slots])
         for columns, tile in zip(tiles, mean, strict=True):
             out["last_mean"].at[row, :, columns][...] = tile
         mosaic.wait_out(0)
