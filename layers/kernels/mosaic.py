@@ -272,9 +272,17 @@ def product_beside[Done](
         for one, other in terms:
             plgpu.wgmma(accumulator, one, other)
         done = work()
+        _meet_warp()  # pyright: ignore[reportCallIssue]
         return accumulator[...], done
 
     return pl.run_scoped(accumulate, _accumulator(shape))
+
+
+@plgpu.inline_mgpu()
+def _meet_warp(ctx):
+    # The compiler would otherwise put loads off until the product has been waited for.
+    del ctx
+    meet_warp()
 
 
 def meet_warp():
