@@ -365,7 +365,19 @@ def _body(*refs, sources, names, scratch, chunks, slots, ahead, save, interpret)
                 entered_next = enter_next(c, i, moved) if ahead else entered
                 own = [written.at[piece] for piece in range(COVARIANCE_PIECES)]
                 queries = pieces_of(here.queries, slot + only)
-                seen = multiply((CHUNK, BLOCK), pairs(queries, own, 3))
+
+                def leave_whitened():
+                    for first in range(0, width, WIDTH):
+                        columns = pl.ds(first, 2 * WIDTH)
+                        lines = [
+                            mosaic.load_threads(now.whitened.at[t, columns]) for t in range(BLOCK)
+                        ]
+                        for t, line in enumerate(lines):
+                            out["whitened"].at[row, c * CHUNK + start + t, columns][...] = line
+
+                seen, _ = mosaic.product_beside(
+                    (CHUNK, BLOCK), pairs(queries, own, 3), leave_whitened, interpret
+                )
                 seen = seen * load(here.ratios.at[slot])
                 squared = seen * seen
                 if here.faded is not None:
@@ -375,11 +387,6 @@ def _body(*refs, sources, names, scratch, chunks, slots, ahead, save, interpret)
                 squares = jnp.where(within, own_squares, squares)
                 for piece, part in enumerate(pieces(seen, MEAN_PIECES)):
                     explained.at[piece][...] = part
-                for t in range(BLOCK):
-                    for first in range(0, width, WIDTH):
-                        columns = pl.ds(first, 2 * WIDTH)
-                        line = mosaic.load_threads(now.whitened.at[t, columns])
-                        out["whitened"].at[row, c * CHUNK + start + t, columns][...] = line
                 mosaic.commit_smem()
                 weights = [explained.at[p, tokens].transpose((1, 0)) for p in range(MEAN_PIECES)]
                 output = entered + multiply(thin, pairs(pieces(surprise, MEAN_PIECES), weights, 2))
