@@ -164,26 +164,29 @@ def narrow_block(reads=True):
         else:
             tie()
         drawn_pieces = [here.drawn.at[0, piece] for piece in range(COVARIANCE_PIECES)]
+
+        def ready():
+            mosaic.barrier_wait(here.innovations_ready)
+            return mosaic.load(here.ratios.at[slot])
+
         between, ratios = beside(
-            (CHUNK, BLOCK),
-            pairs(pieces_of(here.keys, slot), drawn_pieces, 3),
-            lambda: mosaic.load(here.ratios.at[slot]),
+            (CHUNK, BLOCK), pairs(pieces_of(here.keys, slot), drawn_pieces, 3), ready
         )
         place = 0 if reads else turn(start)
         here.joint.at[place, :, pl.ds(0, BLOCK)][...] = between * ratios
-        mosaic.barrier_wait(here.innovations_ready)
         if not reads:
             mosaic.barrier_arrive(here.joint_ready)
+        ending = along_columns(until(here, slot, start), thin)
+        kept = through_all(here, slot, start)
+        added = here.drifts[slot, start + BLOCK - 1]
         _eliminate(here, 0, slot, tokens, place)
         own = mosaic.load_transposed(here.whitened.at[:, pl.ds(0, WIDTH)])
         for piece, part in enumerate(pieces(own, COVARIANCE_PIECES)):
             here.moved.at[0, piece][...] = part
         mosaic.commit_smem()
         mosaic.barrier_arrive(here.elimination_ready)
-        left = pieces(own * along_columns(until(here, slot, start), thin), COVARIANCE_PIECES)
+        left = pieces(own * ending, COVARIANCE_PIECES)
         right = across(here.moved.at[0], COVARIANCE_PIECES, pl.ds(0, WIDTH))
-        kept = through_all(here, slot, start)
-        added = here.drifts[slot, start + BLOCK - 1]
 
         def fade_and_read():
             if seen is not None:
