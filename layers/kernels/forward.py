@@ -24,7 +24,7 @@ the usual form of two decays.
 
 **Layout.** Warpgroup 0 holds P (64 × 64 float32) in registers, warpgroup 1 holds M; both are split
 into bfloat16 pieces (`mosaic.pieces`), three for P and two for M, as left operands of the tensor
-cores. Warpgroup 0 eliminates while its tensor cores find P x for the variances. Sums are float32.
+cores. Warpgroup 0's tensor cores find P x for the variances while it leaves e. Sums are float32.
 Where shared memory holds two places of what consecutive blocks use (bfloat16 inputs), warpgroup 1
 leaves a block's innovations as soon as M is updated, and finds what the block before has read
 while warpgroup 0 eliminates. It also starts the copies of the chunks to come.
