@@ -48,7 +48,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "student": {},
     "exact": {"restoration": 1.0, "learned": False},
 }
-"""What each arm does otherwise than a student, whose λ learns from `--restoration` on."""
+"""What each arm is beside what is asked for; there is a student for every λ that it begins with."""
 
 _FORMS = (
     "single, noise",
@@ -72,12 +72,12 @@ def main() -> None:
         return _stopped("the teacher")
     best: dict[str, float] = {}
     for seed in request.seeds:
-        for arm in request.arms:
+        for arm, own in _arms(request).items():
             for rate in [best[arm]] if arm in best else request.rates:
                 if time.perf_counter() > deadline:
                     return _stopped("the distillations")
                 name = f"{arm}-{rate:g}-{seed}"
-                plan = _distillation(request, arm, rate, seed)
+                plan = replace(_distillation(request, rate, seed), **own)
                 found = _finished(request, name, distill, plan, deadline)
                 files = RunFiles(request.out / name)
                 if found is None:
@@ -116,14 +116,22 @@ def _teacher(request: argparse.Namespace, deadline: float) -> dict[str, Any] | N
     return _finished(request, "teacher", pretrain, plan, deadline)
 
 
-def _distillation(request: argparse.Namespace, arm: str, rate: float, seed: int) -> Distillation:
-    plan = Distillation(
+def _arms(request: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """By name, what each arm does otherwise."""
+    students = {f"student-{dial:g}": {"restoration": dial} for dial in request.restoration}
+    found: dict[str, dict[str, Any]] = {}
+    for arm in request.arms:
+        found |= students if arm == "student" else {arm: ARMS[arm]}
+    return found
+
+
+def _distillation(request: argparse.Namespace, rate: float, seed: int) -> Distillation:
+    return Distillation(
         str((request.out / "teacher" / "model").resolve()),
         absolute(request.text),
         absolute(request.valid),
         request.cache,
         layers=None if request.layers is None else tuple(request.layers),
-        restoration=request.restoration,
         matching=request.matching,
         steps=request.steps,
         task=request.task,
@@ -135,7 +143,6 @@ def _distillation(request: argparse.Namespace, arm: str, rate: float, seed: int)
         compute="float32" if request.float32 else "bfloat16",
         lean=request.lean,
     )
-    return replace(plan, **ARMS[arm])
 
 
 def _finished(
@@ -170,6 +177,7 @@ class _Known:
         self.file = request.out / "summary.json"
         self.runs: dict[str, dict[str, Any]] = {}
         self.results: dict[str, Any] = {}
+        self.looked_into: dict[str, Any] = {}
         self.asked: dict[str, dict[int, np.ndarray]] = {}
 
     def add(
@@ -187,8 +195,18 @@ class _Known:
             write_json(kept, self._retrieval(name, files))
         told = json.loads(kept.read_text(encoding="utf-8"))
         metrics = {key: part for key, part in found["metrics"].items() if key != "curve"}
-        own = {"arm": arm, "rate": rate, "seed": seed, "metrics": metrics, **told}
-        self.runs[name] = own
+        for when in ("before", "after"):
+            if when in metrics:
+                metrics[when] = {k: part for k, part in metrics[when].items() if k != "inside"}
+        self.runs[name] = {
+            "arm": arm,
+            "rate": rate,
+            "seed": seed,
+            "metrics": metrics,
+            "retrieval": told["retrieval"],
+            **{key: found[key] for key in ("device", "commit")},
+        }
+        self.looked_into.setdefault(arm, told["inside_longest"])
         self.write()
         cells = "  ".join(
             f"{form} {[round(part['found'], 3) for part in by_length.values()]}"
@@ -201,8 +219,7 @@ class _Known:
         tried = [run for run in self.runs.values() if run["arm"] == arm and run["seed"] == seed]
 
         def loss(run: Mapping[str, Any]) -> float:
-            after = run["metrics"]["after"]
-            return after["loss"] + 1 - after["retrieved"]
+            return _tested(run)["loss"] + 1 - _tested(run)["retrieved"]
 
         return min(tried, key=loss)["rate"]
 
@@ -214,10 +231,15 @@ class _Known:
             ]
             for arm in best
         }
+        arms["teacher"] = [self.runs["teacher"]]
         self.results = {
             "rates": dict(best),
             "perplexity": {
-                arm: _over_seeds([run["metrics"]["after"]["perplexity"] for run in runs])
+                arm: _over_seeds([_tested(run)["perplexity"] for run in runs])
+                for arm, runs in arms.items()
+            },
+            "device_seconds": {
+                arm: _over_seeds([run["metrics"]["device_seconds"] for run in runs])
                 for arm, runs in arms.items()
             },
             "retrieval": {
@@ -233,9 +255,13 @@ class _Known:
                     )
                 )
                 for arm, runs in arms.items()
-                if arm != "control"
+                if arm not in ("control", "teacher")
             }
+        self.results["inside_longest"] = {
+            arm: found for arm, found in self.looked_into.items() if found
+        }
         self.write()
+        _plot(self.request.out / "retrieval.png", self.results["retrieval"])
 
     def _cells(self, of_cell: Any) -> dict[str, dict[str, Any]]:
         def cell(form: str, length: int) -> Any:
@@ -249,7 +275,8 @@ class _Known:
         }
 
     def write(self) -> None:
-        config = {key: str(value) for key, value in vars(self.request).items()}
+        places = ("out", "cache")
+        config = {key: str(part) for key, part in vars(self.request).items() if key not in places}
         write_json(
             self.file,
             record(
@@ -293,6 +320,37 @@ class _Known:
         return {"retrieval": found, "inside_longest": inside(model, looked, end, compute)}
 
 
+def _tested(run: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Held-out scores of the finished model."""
+    return run["metrics"].get("after") or run["metrics"]["held_out"]
+
+
+def _plot(path: Path, retrieval: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    """Needles found over length, a panel a form, a line an arm with its interval over seeds."""
+    from matplotlib.figure import Figure
+
+    asked = next(iter(retrieval.values()))
+    forms, lengths = list(asked), [int(length) for length in next(iter(asked.values()))]
+    rows = -(-len(forms) // 3)
+    figure = Figure(figsize=(12, 0.8 + 3 * rows), layout="constrained")
+    axes = figure.subplots(rows, 3, sharex=True, sharey=True, squeeze=False).ravel()
+    for form, axis in zip(forms, axes, strict=False):
+        for arm, cells in retrieval.items():
+            means = np.array([cell["mean"] for cell in cells[form].values()])
+            halves = np.nan_to_num([cell["half_width"] for cell in cells[form].values()])
+            style = {"color": "black", "linestyle": ":"} if arm == "teacher" else {}
+            axis.errorbar(lengths, means, halves, label=arm, marker="o", capsize=3, **style)
+        axis.set(title=form, ylim=(-0.02, 1.02))
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    for axis in axes[len(forms) :]:
+        axis.remove()
+    figure.supxlabel("tokens of a row")
+    figure.supylabel("needles found")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    figure.savefig(path, dpi=110)
+
+
 def _over_seeds(values: Sequence[float]) -> dict[str, Any]:
     """Mean, and the half width of its 95 % interval over seeds."""
     mean, half = over_seeds(values)
@@ -334,7 +392,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 4e-4])
     parser.add_argument("--layers", type=int, nargs="+", help="to restore (default: all)")
-    parser.add_argument("--restoration", type=float, default=0.05)
+    parser.add_argument(
+        "--restoration",
+        type=float,
+        nargs="+",
+        default=[0.9],
+        help="λ that students begin with, one student for each",
+    )
     parser.add_argument("--matching", type=int, default=100)
     parser.add_argument("--steps", type=amount, default=400)
     parser.add_argument("--task", type=float, default=0.5)
