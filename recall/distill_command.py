@@ -34,9 +34,10 @@ def add_distill_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--restoration",
         type=share,
-        default=0.05,
+        default=0.9,
         metavar="λ",
-        help="to begin with: 0 is the teacher, 1 the exact filter (default 0.05)",
+        help="to begin with: 0 is the teacher, 1 the exact filter; from 0.99 on, heads that never "
+        "forget may stay exact (default 0.9)",
     )
     command.add_argument("--hold", action="store_true", help="keep λ where it begins")
     command.add_argument(

@@ -63,7 +63,7 @@ class Distillation:
     cache: str
     layers: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
-    restoration: float = 0.05
+    restoration: float = 0.9
     learned: bool = True
     control: bool = False
     matching: int = 100
