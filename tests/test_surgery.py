@@ -56,6 +56,15 @@ def test_decoding_is_unchanged_to_rounding():
         assert furthest(found, expected) < 5e-5
 
 
+def test_restored_layers_decode_as_they_read():
+    restored = with_restoration(small(), restoration=0.9)
+    expected, state = logits(restored, TOKENS)[0], restored.init_state()
+    step = eqx.filter_jit(LanguageModel.step)
+    for time, token in enumerate(TOKENS[0, :12]):
+        found, state = step(restored, token, state)
+        assert furthest(found, expected[time]) < 5e-5
+
+
 def test_chosen_layers_alone_change():
     model = small()
     restored = with_restoration(model, layers=[1])
