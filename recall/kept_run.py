@@ -1,7 +1,6 @@
 """A run on disk: its plan, the checkpoint that it goes on from, and the record it ends with."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from design_models import ModelError
 from .pieces import read_pieces, write_pieces
 from .processes import wait_for_all
 from .records import write_json
+from .whole_files import written_whole
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,9 @@ class KeptRun:
         wait_for_all(f"pieces of step {step}")
         if jax.process_index() > 0:
             return
-        beside = self.checkpoint_file.with_suffix(".new")
-        with beside.open("w", encoding="utf-8") as file:
-            json.dump({"arrays": arrays.name, "step": step, "history": history}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(self.checkpoint_file)
+        told = {"arrays": arrays.name, "step": step, "history": history}
+        with written_whole(self.checkpoint_file) as file:
+            file.write(json.dumps(told).encode())
         for old in self.path.glob("checkpoint-*"):
             if old != arrays:
                 shutil.rmtree(old)

@@ -13,6 +13,8 @@ import jax
 
 from inference.certificate import package_versions
 
+from .whole_files import written_whole
+
 _CHECKOUT = Path(__file__).resolve().parent.parent
 
 
@@ -82,12 +84,14 @@ def device() -> str:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write `data` as JSON; what is not finite is written as "inf", "-inf" or "nan".
+    """Write `data` as JSON, whole; what is not finite is written as "inf", "-inf" or "nan".
 
     Raises:
         OSError: the file cannot be written.
     """
-    path.write_text(json.dumps(plain(data), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(plain(data), indent=2, allow_nan=False) + "\n"
+    with written_whole(path) as file:
+        file.write(text.encode())
 
 
 def plain(data: Any) -> Any:

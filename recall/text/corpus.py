@@ -14,6 +14,7 @@ from jaxtyping import UInt16
 from tokenizers import Tokenizer
 
 from design_models import ModelError
+from recall.whole_files import written_whole
 
 from .documents import read_documents
 from .needles import FORMS, Form, Sources, needle_text, sources_of
@@ -113,9 +114,8 @@ def corpus_at(
         found = _made(tokenizer, paths, valid, mixture)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            beside = file.with_suffix(".new.npz")
-            np.savez(beside, allow_pickle=False, **found)
-            beside.replace(file)
+            with written_whole(file) as whole:
+                np.savez(whole, allow_pickle=False, **found)
         except OSError as error:
             raise ModelError(f"`--cache` is {cache}: {error.strerror}.") from error
     stage("reading tokens")
