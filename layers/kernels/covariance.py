@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from . import mosaic
+from . import elimination, mosaic
 from .mosaic import BLOCK, COLUMNS, along_columns, pairs, pieces
 
 WIDTH = 64
@@ -109,7 +109,7 @@ def across(ref, count, columns):
 
 
 def _eliminate(here, share, slot, tokens, joint=None):
-    mosaic.eliminate(
+    elimination.eliminate(
         here.joint.at[share if joint is None else joint, tokens],
         here.noises.at[slot, tokens],
         here.decays.at[slot, tokens],

@@ -39,7 +39,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from . import mosaic
+from . import elimination, mosaic
 from .blocks import Rates
 from .covariance import (
     CHUNK,
@@ -213,7 +213,7 @@ def _body(*refs, names, chunks, slots, interpret):
             innovate(here, loop, COVARIANCE_PIECES, slot, tokens, LOOP)
             mosaic.barrier_arrive(here.innovations_ready)
             mosaic.barrier_wait(here.joint_ready)
-            mosaic.eliminate(
+            elimination.eliminate(
                 here.joint.at[turn(start), tokens],
                 here.noises.at[slot, tokens],
                 None,

@@ -7,7 +7,7 @@ $$ e_s = \alpha_s^2 P k_s + c_s k_s,\quad G_{ts} = \rho_{ts}\, k_t^\top e_s,\qua
    G + \mathrm{diag}(r) = L L^\top $$
 
 elimination gives the whitened covariances u of the block's values with the memory, each at its own
-time, and W = L⁻¹(V − α K Mᵀ), the whitened innovations (`mosaic.eliminate`). Then
+time, and W = L⁻¹(V − α K Mᵀ), the whitened innovations (`elimination.eliminate`). Then
 
 $$ X_{ts} = \rho_{ts}\, x_t^\top u_s,\quad y_t = \alpha_t M x_t + \sum_s X_{ts} w_s,\quad
    \mathrm{var}_t = \alpha_t^2 x_t^\top P x_t + c_t |x_t|^2 - \sum_s X_{ts}^2 $$
@@ -19,8 +19,8 @@ Every ratio is at most 1, so no decay is too strong, and 0 where a document star
 
 Where a restoration keeps λ of the predicted covariance, α, ε and ρ are the mean's. P's are these
 with √δ besides, δ_ts = λ_{s+1}⋯λ_t: α²δ in e and in P, X∘X∘δ in the variances, ε²δ in P; and L is
-kept in the mean's decay (`mosaic.eliminate`). So λ may be 0, though its powers are divided by in
-the usual form of two decays.
+kept in the mean's decay (`elimination.eliminate`). So λ may be 0, though its powers are divided by
+in the usual form of two decays.
 
 **Layout.** Warpgroup 0 holds P (64 × 64 float32) in registers, warpgroup 1 holds M; both are split
 into bfloat16 pieces (`mosaic.pieces`), three for P and two for M, as left operands of the tensor

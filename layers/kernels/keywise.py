@@ -37,7 +37,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float
 
-from . import mosaic
+from . import elimination, mosaic
 from .covariance import CHUNK, COVARIANCE_PIECES, WIDTH, across, pieces_of
 from .forward import MEAN_PIECES, SAVED_PIECES
 from .keywise_ratios import Prepared, Rows
@@ -222,7 +222,7 @@ def _body(*refs, sources, names, scratch, chunks, save, interpret):
             terms = pairs(split, pieces_of(here.queries, 0, tokens), 3)
 
             def eliminate():
-                mosaic.eliminate(
+                elimination.eliminate(
                     here.joint.at[tokens],
                     here.numbers.at[0, 0, tokens],
                     here.decays.at[0, tokens],
@@ -303,7 +303,7 @@ def _body(*refs, sources, names, scratch, chunks, save, interpret):
                 mosaic.store_transposed(here.questions.at[:, pl.ds(0, CHUNK)], asked)
                 mosaic.commit_smem()
                 mosaic.barrier_wait(here.joint_ready)
-                mosaic.eliminate(
+                elimination.eliminate(
                     here.joint.at[tokens],
                     here.numbers.at[0, 0, tokens],
                     None,

@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from . import mosaic
+from . import elimination, mosaic
 from .forward import CHUNK, WIDTH
 from .matrices import (
     PIECES,
@@ -225,7 +225,7 @@ def _local(
 
         def invert_blocks(factor):
             blocks.at[:, here.columns][...] = factor
-            mosaic.invert_blocks(blocks, numbers.inverse_deviation, here.first, interpret)
+            elimination.invert_blocks(blocks, numbers.inverse_deviation, here.first, interpret)
 
         if factored:
             invert_blocks(here.load(keys.ref.at[0]))
