@@ -11,7 +11,7 @@ import pytest
 from test_checkpoints import EXPECTED, GOLDEN, SMALL, VARIANTS, drawn
 
 from design_models import ModelError
-from layers import LanguageModel
+from layers import LanguageModel, SequenceMixer
 from layers.sources import PerHead, identity
 from recall.checkpoints.comparison import compare
 from recall.checkpoints.configuration import configuration_of
@@ -26,6 +26,9 @@ LAYOUTS = ("as it comes", "grouped values", "DeltaNet, elu", "DeltaNet, bare key
 def small(settings: dict = SMALL, size: float = 0.5) -> LanguageModel:
     configuration = configuration_of(settings)
     return model_of(configuration, drawn(configuration, size=size))
+
+
+inputs_of = eqx.filter_jit(SequenceMixer.head_inputs)
 
 
 def furthest(found, expected) -> float:
@@ -80,7 +83,7 @@ def test_chosen_heads_alone_are_restored():
     model = small()
     restored = with_restoration(model, layers=[0], heads=[1], restoration=1.0)
     x = model.embedding[TOKENS[0]]
-    before, after = (one.blocks[0](x)[1] for one in (model, restored))
+    before, after = (eqx.filter_jit(one.blocks[0])(x)[1] for one in (model, restored))
     assert furthest(after.mean[:, 0], before.mean[:, 0]) < 5e-5
     assert furthest(after.mean[:, 1], before.mean[:, 1]) > 1e-2
     np.testing.assert_array_less(0, after.variance[:, 1])
@@ -166,8 +169,8 @@ def test_a_restored_layer_is_the_filter_of_a_memory_that_keeps_its_variance():
     }
     mixer = with_dials(mixer, changes)
     x = jnp.asarray(rng.normal(0, 1, (40, mixer.d_model)), jnp.float32)
-    u = {name: np.asarray(part, float) for name, part in mixer.head_inputs(x).items()}
-    prediction = mixer(x)[1]
+    u = {name: np.asarray(part, float) for name, part in inputs_of(mixer, x).items()}
+    prediction = eqx.filter_jit(mixer)(x)[1]
     logit = np.asarray(x, float) @ np.asarray(changes["stationary.weight"], float)
     for head in range(mixer.heads):
         memory = np.zeros((u["value"].shape[-1], u["key"].shape[-1]))
@@ -200,7 +203,7 @@ def test_where_nothing_is_written_a_restored_layer_is_as_sure_as_its_delta_rule(
         PerHead(jnp.full(mixer.heads, 1e-6), identity),
     )
     x = jnp.asarray(np.random.default_rng(0).normal(0, 1, (60, mixer.d_model)), jnp.float32)
-    u, prediction = silent.head_inputs(x), silent(x)[1]
+    u, prediction = inputs_of(silent, x), eqx.filter_jit(silent)(x)[1]
     assert float(u["log_decay"].min()) < -1
     np.testing.assert_allclose(
         prediction.variance, jnp.sum(jnp.square(u["query"]), axis=-1), rtol=1e-4
