@@ -33,7 +33,6 @@ from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -116,22 +115,19 @@ def elements(
         ),
     }
     run = mosaic.kernel(
-        partial(_body, names=tuple(scratch), chunks=chunks, slots=slots, interpret=interpret),
-        [jax.ShapeDtypeStruct((rows, *SQUARE), f32)] * len(Element._fields),
+        partial(_body, chunks=chunks, slots=slots),
+        dict.fromkeys(Element._fields, ((rows, *SQUARE), f32)),
         {"row": rows},
-        list(scratch.values()),
+        scratch,
         3,
         interpret,
     )
-    return Element(*run(*sources))
+    return Element(**run(*sources))
 
 
-def _body(*refs, names, chunks, slots, interpret):
-    given = len(refs) - len(names) - len(Element._fields)
-    sources, places = refs[:given], refs[given + len(Element._fields) :]
-    out = Element(*refs[given:][: len(Element._fields)])
-    named = {"kept": None, "faded": None} | dict(zip(names, places, strict=True))
-    here = SimpleNamespace(**named, interpret=interpret)
+def _body(*sources, out, place, chunks, slots, interpret):
+    out, targets = Element(**out), tuple(place.values())[: len(sources)]
+    here = SimpleNamespace(**{"kept": None, "faded": None} | place, interpret=interpret)
     row, warpgroup = lax.axis_index("row"), lax.axis_index("wg")
     lag = min(1, slots - 1)
     multiply = partial(mosaic.product, interpret=interpret)
@@ -139,7 +135,7 @@ def _body(*refs, names, chunks, slots, interpret):
     nothing = mosaic.zeros(SQUARE, mosaic.MATRIX)
 
     def bring(chunk, slot):
-        fetch(here, sources, places[:given], row, chunk, slot)
+        fetch(here, sources, targets, row, chunk, slot)
 
     def leave(ref, state):
         ref.at[row][...] = state

@@ -44,7 +44,6 @@ from functools import partial, reduce
 from operator import add
 from types import SimpleNamespace
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -181,25 +180,14 @@ def filter_blocks(
     if shares > 1:
         scratch["drawn_ready"] = mosaic.barrier(num_arrivals=shares)
     run = mosaic.kernel(
-        partial(
-            _body,
-            sources=len(sources),
-            names=tuple(out),
-            scratch=tuple(scratch),
-            chunks=chunks,
-            slots=slots,
-            ahead=ahead,
-            save=save,
-            interpret=interpret,
-        ),
-        [jax.ShapeDtypeStruct(*kind) for kind in out.values()],
+        partial(_body, chunks=chunks, slots=slots, ahead=ahead, save=save),
+        out,
         {"row": rows},
-        list(scratch.values()),
+        scratch,
         shares + 1,
         interpret,
     )
-    found = run(*sources, covariance, mean)
-    return dict(zip(out, found, strict=True))
+    return run(*sources, covariance, mean)
 
 
 def split(rows: Keys, depth: int) -> Float[Array, "row piece time width"]:
@@ -214,12 +202,10 @@ def split(rows: Keys, depth: int) -> Float[Array, "row piece time width"]:
     return jnp.stack(out, axis=1)
 
 
-def _body(*refs, sources, names, scratch, chunks, slots, ahead, save, interpret):
-    inputs, (covariance_in, mean_in) = refs[:sources], refs[sources : sources + 2]
-    out, places = refs[sources + 2 :][: len(names)], refs[sources + 2 + len(names) :]
-    out = dict(zip(names, out, strict=True))
-    named = {"kept": None, "faded": None} | dict(zip(scratch, places, strict=True))
-    here = SimpleNamespace(**named, interpret=interpret)
+def _body(*inputs, out, place, chunks, slots, ahead, save, interpret):
+    *sources, covariance_in, mean_in = inputs
+    targets = tuple(place.values())[: len(sources)]
+    here = SimpleNamespace(**{"kept": None, "faded": None} | place, interpret=interpret)
     row, warpgroup = lax.axis_index("row"), lax.axis_index("wg")
     width = here.keys.shape[-1]
     shares = width // WIDTH
@@ -289,7 +275,7 @@ def _body(*refs, sources, names, scratch, chunks, slots, ahead, save, interpret)
         values_of = pl.ds(width, WIDTH)
 
         def bring(chunk, slot):
-            fetch(here, inputs, places[:sources], row, chunk, slot)
+            fetch(here, sources, targets, row, chunk, slot)
 
         def bring_after(c):
             """What follows in the place of chunk c, once all have left it."""

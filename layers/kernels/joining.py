@@ -20,7 +20,6 @@ while the other half of this one is at work.
 from functools import partial
 from types import SimpleNamespace
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -37,8 +36,6 @@ States = Float[Array, "row key key"]
 Parts = Float[Array, "part key key"]
 PerSegment = Float[Array, "row segment key key"]
 Passed = Float[Array, "row passed key key"]
-
-STARTS = "covariances", "means", "closed", "informed"
 
 
 def join_starts(
@@ -83,24 +80,28 @@ def join_starts(
         ),
         "met": mosaic.barrier(num_arrivals=2),
     }
-    lengths = segments, segments, segments - 1, segments - 1
+    out = {
+        **dict.fromkeys(("covariances", "means"), ((rows, segments, *SQUARE), f32)),
+        **dict.fromkeys(("closed", "informed"), ((rows, segments - 1, *SQUARE), f32)),
+    }
     run = mosaic.kernel(
-        partial(_starts, names=tuple(scratch), segments=segments, interpret=interpret),
-        [jax.ShapeDtypeStruct((rows, length, *SQUARE), f32) for length in lengths],
+        partial(_starts, segments=segments),
+        out,
         {"row": rows},
-        list(scratch.values()),
+        scratch,
         2,
         interpret,
     )
     given = split(root, count), root, split(found.moved, count)
-    return run(*given, found.mean, found.covariance, found.evidence, covariance, mean)
+    states = found.mean, found.covariance, found.evidence, covariance, mean
+    got = run(*given, *states)
+    return got["covariances"], got["means"], got["closed"], got["informed"]
 
 
-def _starts(*refs, names, segments, interpret):
-    keys, keys_plain, transition, added_mean, added, evidence, first, first_mean = refs[:8]
-    out = SimpleNamespace(**dict(zip(STARTS, refs[8:12], strict=True)))
-    places = dict(zip(names, refs[12:], strict=True))
-    here = SimpleNamespace(kept=None, faded=None, interpret=interpret, **places)
+def _starts(*inputs, out, place, segments, interpret):
+    keys, keys_plain, transition, added_mean, added, evidence, first, first_mean = inputs
+    out = SimpleNamespace(**out)
+    here = SimpleNamespace(kept=None, faded=None, interpret=interpret, **place)
     row, warpgroup = lax.axis_index("row"), lax.axis_index("wg")
     multiply = partial(mosaic.product, SQUARE, interpret=interpret)
     every = range(COVARIANCE_PIECES)
@@ -232,34 +233,23 @@ def join_ends(
     form = mosaic.operands_of(WIDTH)
     operand = mosaic.SMEM((PIECES, *SQUARE), jnp.bfloat16, transforms=form)
     run = mosaic.kernel(
-        partial(_ends, segments=segments, interpret=interpret),
-        [jax.ShapeDtypeStruct((rows * segments, *SQUARE), jnp.float32)] * 2,
+        partial(_ends, segments=segments),
+        dict.fromkeys(("mean", "covariance"), ((rows * segments, *SQUARE), jnp.float32)),
         {"row": rows},
-        [*[operand] * 4, mosaic.barrier(num_arrivals=2)],
+        {
+            **dict.fromkeys(("closed", "crossed", "faded_mean", "faded_covariance"), operand),
+            "met": mosaic.barrier(num_arrivals=2),
+        },
         2,
         interpret,
     )
-    return run(own_mean, own_covariance, closed, crossed, of_last_mean, of_last_covariance)
+    found = run(own_mean, own_covariance, closed, crossed, of_last_mean, of_last_covariance)
+    return found["mean"], found["covariance"]
 
 
-def _ends(
-    own_mean,
-    own_covariance,
-    closed_in,
-    crossed_in,
-    of_last_mean,
-    of_last_covariance,
-    out_mean,
-    out_covariance,
-    closed,
-    crossed,
-    faded_mean,
-    faded_covariance,
-    met,
-    *,
-    segments,
-    interpret,
-):
+def _ends(*inputs, out, place, segments, interpret):
+    own_mean, own_covariance, closed_in, crossed_in, of_last_mean, of_last_covariance = inputs
+    closed, crossed, faded_mean, faded_covariance, met = place.values()
     row, warpgroup = lax.axis_index("row"), lax.axis_index("wg")
     first = row * segments
     multiply = partial(mosaic.product, SQUARE, interpret=interpret)
@@ -313,7 +303,7 @@ def _ends(
             of_start = 0.5 * multiply(terms) + own
             return of_start + multiply(times(parts(closed), parts(faded_covariance)))
 
-        backwards(segment, own_covariance, of_last_covariance, out_covariance)
+        backwards(segment, own_covariance, of_last_covariance, out["covariance"])
 
     @pl.when(warpgroup == 1)
     def _mean():
@@ -321,4 +311,4 @@ def _ends(
             faded, own = through(c, of_end, own_mean, crossed_in, crossed, faded_mean)
             return faded + own
 
-        backwards(segment, own_mean, of_last_mean, out_mean)
+        backwards(segment, own_mean, of_last_mean, out["mean"])

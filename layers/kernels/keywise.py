@@ -31,7 +31,6 @@ one chunk in shared memory at a time.
 from functools import partial
 from types import SimpleNamespace
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -141,30 +140,14 @@ def filter_keywise(
         },
     }
     run = mosaic.kernel(
-        partial(
-            _body,
-            sources=len(tokens),
-            names=tuple(out),
-            scratch=tuple(scratch),
-            chunks=chunks,
-            save=save,
-            interpret=interpret,
-        ),
-        [jax.ShapeDtypeStruct(*kind) for kind in out.values()],
-        {"row": rows},
-        list(scratch.values()),
-        2,
-        interpret,
+        partial(_body, chunks=chunks, save=save), out, {"row": rows}, scratch, 2, interpret
     )
-    found = run(*(array for array, _ in tokens.values()), covariance, mean)
-    return dict(zip(out, found, strict=True))
+    return run(*(array for array, _ in tokens.values()), covariance, mean)
 
 
-def _body(*refs, sources, names, scratch, chunks, save, interpret):
-    inputs, (covariance_in, mean_in) = refs[:sources], refs[sources : sources + 2]
-    out, places = refs[sources + 2 :][: len(names)], refs[sources + 2 + len(names) :]
-    out = dict(zip(names, out, strict=True))
-    here = SimpleNamespace(**dict(zip(scratch, places, strict=True)))
+def _body(*inputs, out, place, chunks, save, interpret):
+    *sources, covariance_in, mean_in = inputs
+    here = SimpleNamespace(**place)
     row, warpgroup = lax.axis_index("row"), lax.axis_index("wg")
     thin, square = (WIDTH, BLOCK), (WIDTH, WIDTH)
     multiply = partial(mosaic.product, interpret=interpret)
@@ -172,7 +155,7 @@ def _body(*refs, sources, names, scratch, chunks, save, interpret):
 
     def fetch(chunk):
         tokens, blocks = pl.ds(chunk * CHUNK, CHUNK), CHUNK // BLOCK
-        for name, source, target in zip(scratch, inputs, places, strict=False):
+        for source, (name, target) in zip(sources, place.items(), strict=False):
             places_of = {
                 "last": (pl.ds(chunk * blocks, blocks),),
                 "numbers": (chunk,),
@@ -187,8 +170,8 @@ def _body(*refs, sources, names, scratch, chunks, save, interpret):
                     (source.at[row, which, piece, tokens], target.at[0, piece])
                     for piece in range(COVARIANCE_PIECES)
                 ]
-            for part, place in copies:
-                mosaic.copy_in(part, place, here.full)
+            for part, spot in copies:
+                mosaic.copy_in(part, spot, here.full)
 
     def leave(name, chunk, state):
         for piece, part in enumerate(pieces(state, SAVED_PIECES)):

@@ -20,9 +20,6 @@ memory scaled up while its keys and queries are scaled down by as much changes n
 **Bytes** a token: 2.6 kB read and 1 written.
 """
 
-from functools import partial
-
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -65,47 +62,28 @@ def of_drift(
     chunks, f32 = time // CHUNK, jnp.float32
     both, square = mosaic.SMEM((2, CHUNK, width), f32), mosaic.SMEM((CHUNK, width), f32)
     run = mosaic.kernel(
-        partial(_of_drift, interpret=interpret),
-        [jax.ShapeDtypeStruct(tokens.shape, f32)] * 2,
+        _of_drift,
+        dict.fromkeys(("tokens", "rates"), (tokens.shape, f32)),
         {"row": rows, "chunk": chunks},
-        [
-            *[both] * 4,
-            *[square] * 3,
-            mosaic.SMEM((CHUNK,), f32),
-            mosaic.barrier(num_arrivals=7),
-            mosaic.barrier(num_arrivals=SHARES),
-        ],
+        {
+            **dict.fromkeys(("tokens", "weights", "asked", "tied"), both),
+            **dict.fromkeys(("decays", "drifts", "added"), square),
+            "of_variances": mosaic.SMEM((CHUNK,), f32),
+            "arrived": mosaic.barrier(num_arrivals=7),
+            "met": mosaic.barrier(num_arrivals=SHARES),
+        },
         SHARES,
         interpret,
         reduction_bytes=0,
     )
-    return run(tokens, decay, added, of_variance, weights, of_tokens, of_end, of_last)
+    found = run(tokens, decay, added, of_variance, weights, of_tokens, of_end, of_last)
+    return found["tokens"], found["rates"]
 
 
-def _of_drift(
-    tokens_in,
-    decay_in,
-    added_in,
-    of_variance_in,
-    weights_in,
-    of_tokens_in,
-    of_end_in,
-    of_last_in,
-    of_tokens_out,
-    of_rates_out,
-    tokens,
-    weights,
-    asked,
-    tied,
-    decays,
-    drifts,
-    added,
-    of_variances,
-    arrived,
-    met,
-    *,
-    interpret,
-):
+def _of_drift(*inputs, out, place, interpret):
+    tokens_in, decay_in, added_in, of_variance_in, weights_in = inputs[:5]
+    of_tokens_in, of_end_in, of_last_in = inputs[5:]
+    tokens, weights, asked, tied, decays, drifts, added, of_variances, arrived, met = place.values()
     row, chunk = lax.axis_index("row"), lax.axis_index("chunk")
     share = lax.axis_index("wg")
     thread = Threads(interpret)
@@ -205,7 +183,7 @@ def _of_drift(
         drift, read = thread.row(drifts.at[t]), of_variances[t] * query
         of_key = thread.row(asked.at[0, t]) + drift * whole
         of_query = thread.row(asked.at[1, t]) + 2 * drift * read
-        thread.put(of_tokens_out.at[row, :, first + t], thread.own(of_key, of_query))
+        thread.put(out["tokens"].at[row, :, first + t], thread.own(of_key, of_query))
         moved = key * of_key + query * of_query
         thread.put(weights.at[:, t], thread.own(key * whole + read * query, moved))
         return carry
@@ -222,7 +200,7 @@ def _of_drift(
             of_added = thread.row(weights.at[0, t]) + entering
             own = 2 * thread.row(added.at[t]) * of_added
             of_decay = of_decay + thread.row(weights.at[1, t]) - own
-            thread.put(of_rates_out.at[row, :, first + t], thread.own(of_added, of_decay))
+            thread.put(out["rates"].at[row, :, first + t], thread.own(of_added, of_decay))
             return decay * decay * of_added, of_decay
 
         last = (thread.row(of_last_in.at[row, chunk, n]) for n in range(2))

@@ -9,11 +9,9 @@ $$ p_t = a_t\circ p_{t-1},\; p_s = u_s,\quad L_{ts} = k_t\cdot p_t,\quad R_{ts} 
 **Bytes** a token, of `factors`: 2 kB read and 1.5 written.
 """
 
-from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -66,7 +64,7 @@ def prepare(tokens: Tokens, decay: Rows, added: Rows, *, interpret: bool = False
     """
     rows, _, time, width = tokens.shape
     f32 = jnp.float32
-    kinds = {
+    out = {
         "tokens": ((rows, 2, COVARIANCE_PIECES, time, width), jnp.bfloat16),
         "rates": ((rows, 2, time, width), f32),
         "end": ((rows, time, width), f32),
@@ -74,24 +72,28 @@ def prepare(tokens: Tokens, decay: Rows, added: Rows, *, interpret: bool = False
         "last": ((rows, time // BLOCK, width), f32),
         "unread": ((rows, time), f32),
     }
-    quarters = mosaic.SMEM(_QUARTERS, f32)
     run = mosaic.kernel(
-        partial(_prepare, names=tuple(kinds), interpret=interpret),
-        [jax.ShapeDtypeStruct(*kind) for kind in kinds.values()],
+        _prepare,
+        out,
         {"row": rows, "chunk": time // CHUNK},
-        [
-            mosaic.SMEM((2, *_QUARTERS), f32),
-            quarters,
-            quarters,
-            mosaic.SMEM((2, 4, CHUNK, BLOCK), f32),
-            mosaic.barrier(num_arrivals=12),
-            mosaic.barrier(num_arrivals=SHARES),
-        ],
+        _scratch((2, 4, CHUNK, BLOCK), copies=12),
         SHARES,
         interpret,
         reduction_bytes=16,
     )
-    return Prepared(**dict(zip(kinds, run(tokens, decay, added), strict=True)))
+    return Prepared(**run(tokens, decay, added))
+
+
+def _scratch(sums, copies):
+    quarters = mosaic.SMEM(_QUARTERS, jnp.float32)
+    return {
+        "tokens": mosaic.SMEM((2, *_QUARTERS), jnp.float32),
+        "decays": quarters,
+        "drawn": quarters,
+        "sums": mosaic.SMEM(sums, jnp.float32),
+        "arrived": mosaic.barrier(num_arrivals=copies),
+        "met": mosaic.barrier(num_arrivals=SHARES),
+    }
 
 
 def _bring(own, arrived, *copies):
@@ -107,9 +109,9 @@ def _each(source, target):
     return [(source.at[n], target.at[n]) for n in range(2)]
 
 
-def _prepare(tokens_in, decay_in, added_in, *refs, names, interpret):
-    out = SimpleNamespace(**dict(zip(names, refs, strict=False)))
-    tokens, decays, drawn, sums, arrived, met = refs[len(names) :]
+def _prepare(tokens_in, decay_in, added_in, *, out, place, interpret):
+    out = SimpleNamespace(**out)
+    tokens, decays, drawn, sums, arrived, met = place.values()
     row, chunk = lax.axis_index("row"), lax.axis_index("chunk")
     share = lax.axis_index("wg")
     thread = Threads(interpret)
@@ -224,49 +226,27 @@ def factors(
     """
     rows, _, time, width = tokens.shape
     chunks, f32 = time // CHUNK, jnp.float32
-    out = [
-        jax.ShapeDtypeStruct((rows, chunks, 2, CHUNK, CHUNK), f32),
-        jax.ShapeDtypeStruct((rows, 2, PIECES, time, width), jnp.bfloat16),
-        jax.ShapeDtypeStruct((rows, time, width + WIDTH), f32),
-        jax.ShapeDtypeStruct((rows, chunks, 2, width), f32),
-    ]
-    quarters = mosaic.SMEM(_QUARTERS, f32)
+    out = {
+        "factors": ((rows, chunks, 2, CHUNK, CHUNK), f32),
+        "faded": ((rows, 2, PIECES, time, width), jnp.bfloat16),
+        "moved": ((rows, time, width + WIDTH), f32),
+        "kept": ((rows, chunks, 2, width), f32),
+    }
     run = mosaic.kernel(
-        partial(_factors, interpret=interpret),
+        _factors,
         out,
         {"row": rows, "chunk": chunks},
-        [
-            mosaic.SMEM((2, *_QUARTERS), f32),
-            quarters,
-            quarters,
-            mosaic.SMEM((2, 4, BLOCK, CHUNK), f32),
-            mosaic.barrier(num_arrivals=20),
-            mosaic.barrier(num_arrivals=SHARES),
-        ],
+        _scratch((2, 4, BLOCK, CHUNK), copies=20),
         SHARES,
         interpret,
         reduction_bytes=0,
     )
-    return run(tokens, decay, whitened)
+    return tuple(run(tokens, decay, whitened).values())
 
 
-def _factors(
-    tokens_in,
-    decay_in,
-    whitened_in,
-    factors_out,
-    faded_out,
-    moved_out,
-    kept_out,
-    tokens,
-    decays,
-    drawn,
-    sums,
-    arrived,
-    met,
-    *,
-    interpret,
-):
+def _factors(tokens_in, decay_in, whitened_in, *, out, place, interpret):
+    out = SimpleNamespace(**out)
+    tokens, decays, drawn, sums, arrived, met = place.values()
     row, chunk = lax.axis_index("row"), lax.axis_index("chunk")
     share = lax.axis_index("wg")
     thread = Threads(interpret)
@@ -291,10 +271,10 @@ def _factors(
             alpha = alpha * thread.row(decays.at[:, t])
             faded = thread.own(*(thread.row(tokens.at[n, :, t]) for n in range(2)))
             for piece, part in enumerate(pieces(alpha * faded, PIECES)):
-                thread.put(faded_out.at[row, :, piece, first + t], part)
+                thread.put(out.faded.at[row, :, piece, first + t], part)
             return alpha
 
-        thread.put(kept_out.at[row, chunk], lax.fori_loop(0, CHUNK, token, one))
+        thread.put(out.kept.at[row, chunk], lax.fori_loop(0, CHUNK, token, one))
 
     @pl.when(share == 1)
     def _move():
@@ -302,7 +282,7 @@ def _factors(
             t = CHUNK - 1 - step
             surprise = thread.row(surprises.at[t // BLOCK, lax.rem(t, BLOCK)])
             moved = thread.own(end * thread.row(drawn.at[:, t]), surprise)
-            moved_out.at[row, first + t][...] = moved
+            out.moved.at[row, first + t][...] = moved
             return end * thread.row(decays.at[:, t])
 
         lax.fori_loop(0, CHUNK, token, one)
@@ -329,7 +309,7 @@ def _factors(
         def leave(step, carry):
             two = pl.ds(2 * step, 2)
             found = _sum(thread.halves(sums.at[share, quarter, two]) for quarter in range(4))
-            thread.put(factors_out.at[row, chunk, share, pl.ds(start + 2 * step, 2)], found)
+            thread.put(out.factors.at[row, chunk, share, pl.ds(start + 2 * step, 2)], found)
             return carry
 
         lax.fori_loop(0, BLOCK // 2, leave, None)

@@ -16,7 +16,6 @@ What the chunk's own drift asks, which needs ratios, is found from Ĝ, H̄ and F
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -63,8 +62,7 @@ def recur(
     """
     rows, _, depth, time, _ = tokens.shape
     chunks = time // CHUNK
-    f32 = jnp.float32
-    out = {
+    shapes = {
         "tokens": (rows, 2, time, WIDTH),
         **dict.fromkeys(("value", "ends"), (rows, time, WIDTH)),
         "weights": (rows, chunks, 2, *SQUARE),
@@ -80,26 +78,24 @@ def recur(
         "mean_there": PIECES,
     }
     scratch = Memory.scratch(depth, numbers, held, arrivals)
-    body = partial(_recur, names=tuple(out), places=tuple(scratch), chunks=chunks)
     run = mosaic.kernel(
-        partial(body, interpret=interpret),
-        [jax.ShapeDtypeStruct(shape, f32) for shape in out.values()],
+        partial(_recur, chunks=chunks),
+        {name: (shape, jnp.float32) for name, shape in shapes.items()},
         {"row": rows},
-        list(scratch.values()),
+        scratch,
         SHARES,
         interpret,
     )
     states = means, covariances, of_last_mean, of_last_covariance
-    got = dict(zip(out, run(tokens, of_mean, numbers, *found, *states), strict=True))
+    got = run(tokens, of_mean, numbers, *found, *states)
     return got | {name: got[name].sum(axis=1) for name in SUMS}
 
 
-def _recur(*refs, names, places, chunks, interpret):
-    tokens_in, of_mean, numbers_in, weights_in, spreads_in, reads_in = refs[:6]
-    of_value_in, of_joint_in, means_in, covariances_in = refs[6:10]
-    of_last_mean, of_last_covariance = refs[10:12]
-    out = dict(zip(names, refs[12 : 12 + len(names)], strict=True))
-    memory = Memory(places, refs[12 + len(names) :], interpret)
+def _recur(*inputs, out, place, chunks, interpret):
+    tokens_in, of_mean, numbers_in, weights_in, spreads_in, reads_in = inputs[:6]
+    of_value_in, of_joint_in, means_in, covariances_in = inputs[6:10]
+    of_last_mean, of_last_covariance = inputs[10:]
+    memory = Memory(place, interpret)
     row, share = lax.axis_index("row"), lax.axis_index("wg")
     own = Share(share, WIDTH // SHARES, interpret)
 

@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -84,10 +83,13 @@ def _run(sources, whitened, of_mean, numbers, values: int, interpret: bool) -> t
     broad = CHUNK, width
 
     def pieced(shape):
-        return jax.ShapeDtypeStruct((rows, chunks, PIECES, *shape), jnp.bfloat16)
+        return (rows, chunks, PIECES, *shape), jnp.bfloat16
 
-    out = [pieced(broad), pieced(SQUARE), pieced(SQUARE)]
-    out += [jax.ShapeDtypeStruct((rows, chunks, *SQUARE), jnp.float32)] * 2
+    out = {
+        "weights": pieced(broad),
+        **dict.fromkeys(("explained", "of_read"), pieced(SQUARE)),
+        **dict.fromkeys(("of_value", "of_joint"), ((rows, chunks, *SQUARE), jnp.float32)),
+    }
     parts = max(1, min(chunks, mosaic.PROCESSORS // rows))
     form = mosaic.operands_of(WIDTH // SHARES)
     operand = mosaic.SMEM((1, PIECES, *SQUARE), jnp.bfloat16, transforms=form)
@@ -95,57 +97,45 @@ def _run(sources, whitened, of_mean, numbers, values: int, interpret: bool) -> t
     given = mosaic.SMEM((1, depth, *broad), jnp.bfloat16, transforms=form)
     if factored:
         given = mosaic.SMEM((1, 1, *SQUARE), jnp.float32, transforms=mosaic.ENTRIES)
-    told = [
-        mosaic.SMEM((CHUNK, columns), jnp.float32, transforms=mosaic.ENTRIES)
-        for columns in ([] if wide else [width + WIDTH, WIDTH])
-    ]
+    told = {
+        name: mosaic.SMEM((CHUNK, columns), jnp.float32, transforms=mosaic.ENTRIES)
+        for name, columns in ({} if wide else {"rows": width + WIDTH, "asked": WIDTH}).items()
+    }
+    scratch = {
+        **dict.fromkeys(("keys", "queries"), given),
+        "vectors": mosaic.SMEM((2, *numbers.shape[2:]), jnp.float32),
+        "blocks": mosaic.SMEM((CHUNK, WIDTH + 4), jnp.float32),
+        "arrived": mosaic.barrier(num_arrivals=1 + 2 * depth + len(told)),
+        "met": mosaic.barrier(num_arrivals=SHARES),
+        "moved": moved,
+        **dict.fromkeys(("a", "b", "c", "d", "f"), operand),
+        **({"lasting": operand} if restores(numbers) else {}),
+        **told,
+    }
     run = mosaic.kernel(
-        partial(_local, chunks=chunks, parts=parts, values=values, interpret=interpret),
+        partial(_local, chunks=chunks, parts=parts, values=values),
         out,
         {"row": rows, "part": parts},
-        [
-            given,
-            given,
-            mosaic.SMEM((2, *numbers.shape[2:]), jnp.float32),
-            mosaic.SMEM((CHUNK, WIDTH + 4), jnp.float32),
-            mosaic.barrier(num_arrivals=1 + 2 * depth + len(told)),
-            mosaic.barrier(num_arrivals=SHARES),
-            moved,
-            *[operand] * (5 + restores(numbers)),
-            *told,
-        ],
+        scratch,
         SHARES,
         interpret,
         reduction_bytes=16,
     )
-    return run(*sources, whitened, of_mean, numbers)
+    return tuple(run(*sources, whitened, of_mean, numbers).values())
 
 
 def _local(
-    first,
-    second,
-    whitened,
-    of_mean,
-    numbers_in,
-    weights_out,
-    explained_out,
-    of_read_out,
-    of_value_out,
-    of_joint_out,
-    *scratch,
-    chunks,
-    parts,
-    values,
-    interpret,
+    first, second, whitened, of_mean, numbers_in, *, out, place, chunks, parts, values, interpret
 ):
     row, part = lax.axis_index("row"), lax.axis_index("part")
     share = lax.axis_index("wg")
     here = Share(share, WIDTH // SHARES, interpret)
-    keys_in, queries_in, vectors, blocks, arrived, met, moved, *operands = scratch
+    keys_in, queries_in, vectors, blocks, arrived, met = tuple(place.values())[:6]
+    operands = [place[name] for name in ("moved", "a", "b", "c", "d", "f")]
     width = keys_in.shape[-1]
     wide, factored = width > WIDTH, keys_in.dtype == jnp.float32
     # Rows of the next chunk are copied to shared memory where it has room for them.
-    told = [] if wide else [operands.pop(-2), operands.pop()]
+    told = [] if wide else [place["rows"], place["asked"]]
     # A share of what has a column a key.
     broad = Share(share, width // SHARES, interpret) if wide else here
 
@@ -201,16 +191,15 @@ def _local(
         mosaic.barrier_wait(arrived)
         numbers = numbers_of(vectors.at[slot])
         only = opaque_zero(vectors, slot)
-        place = [ref.at[only] for ref in (keys_in, queries_in, moved, *operands)]
-        keys, queries, moved_by, *places = map(Pieces, place)
+        found = [ref.at[only] for ref in (keys_in, queries_in, *operands)]
+        keys, queries, moved_by, a, b, c, d, f = map(Pieces, found)
         # Each place holds in turn: a, R̄ and ρ∘H̄; b, W, what joins blocks of 16, L⁻¹; c, W̄ and B;
         # d, R, inverses of blocks of 32, L⁻ᵀ times what is within, Θ; e, U, inverses of blocks of
         # 16, what joins those of 32, εU; f, Ȳ, L, what is within Ḡ, W. Where L and R are given they
         # are in place of keys and queries, and εU in that of U.
-        a, b, c, d, f, *others = places
-        e = Pieces(place[2].at[:, :, :WIDTH]) if wide else moved_by
+        e = Pieces(moved_by.ref.at[:, :, :WIDTH]) if wide else moved_by
         # L⁻¹ with λ besides, where covariances are restored.
-        lasting = others.pop() if others else b
+        lasting = Pieces(place["lasting"].at[only]) if "lasting" in place else b
         weights = moved_by if wide else c
         if wide:
             wait_for_outputs()
@@ -326,12 +315,12 @@ def _local(
             return square if factored else square * ratios
 
         def leave_joint():
-            leave(of_joint_out, decayed(-here.halved(of_joint)))
+            leave(out["of_joint"], decayed(-here.halved(of_joint)))
 
         of_read, _ = here.beside(leave_joint, (a, lasting))
         of_read = decayed(of_read)
         of_value = here.times((b.T, c))
-        weight, _ = broad.beside(lambda: leave(of_value_out, of_value), (b.T, moved_by))
+        weight, _ = broad.beside(lambda: leave(out["of_value"], of_value), (b.T, moved_by))
         meet()
 
         def put_outputs():
@@ -342,8 +331,8 @@ def _local(
         here.put(d.ref, explained)
         meet()
 
-        for place, ref in ((weights, weights_out), (d, explained_out), (a, of_read_out)):
-            mosaic.copy_out(place.ref.at[share], ref.at[row, chunk, share])
+        for name, operand in (("weights", weights), ("explained", d), ("of_read", a)):
+            mosaic.copy_out(operand.ref.at[share], out[name].at[row, chunk, share])
         return carry
 
     steps = -(-chunks // parts)

@@ -204,8 +204,9 @@ class Memory:
             "met": mosaic.barrier(num_arrivals=SHARES),
         }
 
-    def __init__(self, names, refs, interpret):
-        self.refs = dict(zip(names, refs, strict=True))
+    def __init__(self, place, interpret):
+        names = tuple(place)
+        self.refs = place
         self.held = names[: names.index(next(iter(TURNING)))]
         self.vectors = self.refs["vectors"]
         self.interpret = interpret

@@ -9,7 +9,7 @@ float32's digits, two leave 2⁻¹⁷. Products of pieces whose indices sum to t
 below what is kept, and left out (`product`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -75,29 +75,53 @@ commit_smem, copy_in, copy_out, wait_out = (
 
 def kernel(
     body: Callable[..., None],
-    out_type: Sequence[jax.ShapeDtypeStruct],
+    out: Mapping[str, tuple[tuple[int, ...], Any]],
     grid: dict[str, int],
-    scratch: Sequence[Any],
+    scratch: Mapping[str, Any],
     warpgroups: int,
     interpret: bool,
     *,
     reduction_bytes: int = 6144,
-) -> Callable[..., Any]:
+) -> Callable[..., dict[str, jax.Array]]:
     """A kernel whose warpgroups are axis "wg"; synchronisation is its body's own.
 
-    Interpreted, it prints every race between warpgroups that it finds.
+    Interpreted, it prints every race between warpgroups that it finds. Profiles call it by its
+    body's module and name.
+
+    Args:
+        body: is given references: to the inputs, one after the other, to outputs, `out`, and to
+            scratch, `place`, both by name; and `interpret`.
+        out: shape and dtype of each output.
+        grid: programs along each axis.
+        scratch: shared memory and barriers.
+        warpgroups: of a program.
+        interpret: whether to run its simulation on a CPU.
+        reduction_bytes: of shared memory, for sums over threads.
+
+    Returns:
+        From arrays to each output by name.
     """
     simulated: dict[str, Any] = {}
     if interpret:
         simulated["interpret"] = plgpu.InterpretGPUParams(detect_races=True)
-    return plgpu.kernel(
-        body,
-        out_type=tuple(out_type),
+
+    def by_name(*refs):
+        last = len(refs) - len(scratch)
+        first = last - len(out)
+        found = dict(zip(out, refs[first:last], strict=True))
+        place = dict(zip(scratch, refs[last:], strict=True))
+        body(*refs[:first], out=found, place=place, interpret=interpret)
+
+    function = getattr(body, "func", body)
+    by_name.__name__ = function.__module__.rpartition(".")[2] + function.__name__
+    run = plgpu.kernel(
+        by_name,
+        out_type=tuple(jax.ShapeDtypeStruct(*kind) for kind in out.values()),
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
         num_threads=warpgroups,
         thread_name="wg",
-        scratch_types=tuple(scratch),
+        scratch_types=tuple(scratch.values()),
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             unsafe_no_auto_barriers=True,
@@ -106,6 +130,7 @@ def kernel(
         ),
         **simulated,
     )
+    return lambda *inputs: dict(zip(out, run(*inputs), strict=True))
 
 
 def lowering_device() -> AbstractDevice:

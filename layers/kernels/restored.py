@@ -25,7 +25,6 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -86,21 +85,21 @@ def asked(
         "met": mosaic.barrier(num_arrivals=SHARES),
     }
     run = mosaic.kernel(
-        partial(_asked, places=tuple(scratch), chunks=chunks, parts=parts, interpret=interpret),
-        [jax.ShapeDtypeStruct((rows, SHARES, time), jnp.float32)] * 2,
+        partial(_asked, chunks=chunks, parts=parts),
+        dict.fromkeys(("between", "end"), ((rows, SHARES, time), jnp.float32)),
         {"row": rows, "part": parts},
-        list(scratch.values()),
+        scratch,
         SHARES,
         interpret,
         reduction_bytes=16,
     )
     found = run(key, query, whitened, tied, ends, jnp.stack([*taken, before], axis=2))
-    return dict(zip(("between", "end"), (part.sum(axis=1) for part in found), strict=True))
+    return {name: part.sum(axis=1) for name, part in found.items()}
 
 
-def _asked(*refs, places, chunks, parts, interpret):
-    key, query, whitened, tied_in, ends, numbers_in, between_out, end_out = refs[:8]
-    place = SimpleNamespace(**dict(zip(places, refs[8:], strict=True)))
+def _asked(*inputs, out, place, chunks, parts, interpret):
+    key, query, whitened, tied_in, ends, numbers_in = inputs
+    place = SimpleNamespace(**place)
     row, part, share = (lax.axis_index(name) for name in ("row", "part", "wg"))
     width = key.shape[-1]
     wide = width > WIDTH
@@ -171,7 +170,7 @@ def _asked(*refs, places, chunks, parts, interpret):
             return pieces(jnp.where(whole.i <= whole.j, later, jnp.zeros_like(later)), PIECES)
 
         ending, ratios = broad.beside(begin, (moved, of_end))
-        written, _ = here.beside(lambda: leave_sum(end_out, ending * own), (keys, moved.T))
+        written, _ = here.beside(lambda: leave_sum(out["end"], ending * own), (keys, moved.T))
         asked = mosaic.zeros(here.shape)
         for first in range(0, width, WIDTH):
             columns = pl.ds(first, WIDTH)
@@ -186,7 +185,7 @@ def _asked(*refs, places, chunks, parts, interpret):
         between = here.multiply(pairs(later, own_pairs, PIECES))
         since = here.along(numbers.before) - here.across(numbers.faded)
         between = between * jnp.exp(jnp.minimum(since, 0))
-        leave_sum(between_out, jnp.where(here.i > here.j, between, jnp.zeros_like(between)))
+        leave_sum(out["between"], jnp.where(here.i > here.j, between, jnp.zeros_like(between)))
         if wide:
             mosaic.meet(place.met, interpret)
             fetch_next()

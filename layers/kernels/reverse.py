@@ -130,27 +130,11 @@ def recur(
         "mean_there": PIECES,
     }
     scratch = Memory.scratch(depth, numbers, held, arrivals)
-    body = partial(_recur, names=tuple(out), places=tuple(scratch), chunks=chunks)
     run = mosaic.kernel(
-        partial(body, interpret=interpret),
-        [jax.ShapeDtypeStruct(*kind) for kind in out.values()],
-        {"row": rows},
-        list(scratch.values()),
-        SHARES,
-        interpret,
+        partial(_recur, chunks=chunks), out, {"row": rows}, scratch, SHARES, interpret
     )
-    got = run(
-        key,
-        query,
-        of_mean,
-        numbers,
-        *found,
-        means,
-        covariances,
-        of_last_mean,
-        of_last_covariance,
-    )
-    return joined(dict(zip(out, got, strict=True)))
+    states = means, covariances, of_last_mean, of_last_covariance
+    return joined(run(key, query, of_mean, numbers, *found, *states))
 
 
 def asked_of_kept(rows: int, time: int, width: int) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -204,12 +188,11 @@ def of_start(here, held, work):
     return here.beside(find_asked, (held.of_values.T, held.keys), (held.given.T, held.queries))
 
 
-def _recur(*refs, names, places, chunks, interpret):
-    key, query, of_mean, numbers_in, weights_in, spreads_in, reads_in = refs[:7]
-    of_value_in, of_joint_in, means_in, covariances_in = refs[7:11]
-    of_last_mean, of_last_covariance = refs[11:13]
-    out = dict(zip(names, refs[13 : 13 + len(names)], strict=True))
-    memory = Memory(places, refs[13 + len(names) :], interpret)
+def _recur(*inputs, out, place, chunks, interpret):
+    key, query, of_mean, numbers_in, weights_in, spreads_in, reads_in = inputs[:7]
+    of_value_in, of_joint_in, means_in, covariances_in = inputs[7:11]
+    of_last_mean, of_last_covariance = inputs[11:]
+    memory = Memory(place, interpret)
     row, share = lax.axis_index("row"), lax.axis_index("wg")
     own = Share(share, WIDTH // SHARES, interpret)
 

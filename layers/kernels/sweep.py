@@ -7,7 +7,6 @@ these neither the states that were kept nor what tokens get are wanted: 31 of th
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -47,27 +46,23 @@ def sweep(
     rows, depth, time, _ = key.shape
     held = "reads", "of_values", "joints", "given", "squares"
     scratch = Memory.scratch(depth, numbers, held, {"tokens_there": 2 * depth + PIECES})
-    body = partial(_sweep, places=tuple(scratch), chunks=time // CHUNK)
     run = mosaic.kernel(
-        partial(body, interpret=interpret),
-        [jax.ShapeDtypeStruct((rows, WIDTH, WIDTH), jnp.float32)] * 2,
+        partial(_sweep, chunks=time // CHUNK),
+        dict.fromkeys(("first_mean", "first_covariance"), ((rows, WIDTH, WIDTH), jnp.float32)),
         {"row": rows},
-        list(scratch.values()),
+        scratch,
         SHARES,
         interpret,
         reduction_bytes=16,
     )
-    first_mean, first_covariance = run(
-        key, query, of_mean, numbers, *found, of_last_mean, of_last_covariance
-    )
-    return first_mean, first_covariance
+    got = run(key, query, of_mean, numbers, *found, of_last_mean, of_last_covariance)
+    return got["first_mean"], got["first_covariance"]
 
 
-def _sweep(*refs, places, chunks, interpret):
-    key, query, of_mean, numbers_in, weights_in, spreads_in, reads_in = refs[:7]
-    of_value_in, of_joint_in, of_last_mean, of_last_covariance = refs[7:11]
-    first_mean, first_covariance = refs[11:13]
-    memory = Memory(places, refs[13:], interpret)
+def _sweep(*inputs, out, place, chunks, interpret):
+    key, query, of_mean, numbers_in, weights_in, spreads_in, reads_in = inputs[:7]
+    of_value_in, of_joint_in, of_last_mean, of_last_covariance = inputs[7:]
+    memory = Memory(place, interpret)
     row, share = lax.axis_index("row"), lax.axis_index("wg")
     own = Share(share, WIDTH // SHARES, interpret)
 
@@ -143,5 +138,5 @@ def _sweep(*refs, places, chunks, interpret):
 
     start = own.load(of_last_mean.at[row]), own.load(of_last_covariance.at[row])
     of_mean_start, of_covariance_start = lax.fori_loop(0, chunks, chunk, start)
-    first_mean.at[row, :, own.columns][...] = of_mean_start
-    first_covariance.at[row, :, own.columns][...] = of_covariance_start
+    out["first_mean"].at[row, :, own.columns][...] = of_mean_start
+    out["first_covariance"].at[row, :, own.columns][...] = of_covariance_start

@@ -85,33 +85,30 @@ def recur(
         "covariance_there": mosaic.barrier(num_arrivals=PIECES),
         "met": mosaic.barrier(num_arrivals=SHARES),
     }
-    body = partial(_recur, names=tuple(out), places=tuple(scratch), chunks=chunks)
     run = mosaic.kernel(
-        partial(body, interpret=interpret),
-        [jax.ShapeDtypeStruct(*kind) for kind in out.values()],
+        partial(_recur, chunks=chunks),
+        out,
         {"row": rows},
-        list(scratch.values()),
+        scratch,
         SHARES,
         interpret,
         reduction_bytes=0,
     )
     states = means, covariances, of_last_mean, of_last_covariance
-    return joined(dict(zip(out, run(key, query, of_mean, numbers, *found, *states), strict=True)))
+    return joined(run(key, query, of_mean, numbers, *found, *states))
 
 
-def _recur(*refs, names, places, chunks, interpret):
-    key, query, of_mean, numbers_in, weights_in, explained_in, reads_in = refs[:7]
-    of_value_in, of_joint_in, means, covariances, of_last_mean, of_last_covariance = refs[7:13]
-    out = dict(zip(names, refs[13 : 13 + len(names)], strict=True))
-    place = dict(zip(places, refs[13 + len(names) :], strict=True))
+def _recur(*inputs, out, place, chunks, interpret):
+    key, query, of_mean, numbers_in, weights_in, explained_in, reads_in = inputs[:7]
+    of_value_in, of_joint_in, means, covariances, of_last_mean, of_last_covariance = inputs[7:]
     row, share = lax.axis_index("row"), lax.axis_index("wg")
-    width, restored = key.shape[-1], "tied" in names
+    width, restored = key.shape[-1], "tied" in out
     broad = Share(share, width // SHARES, interpret)
 
     def find():
         """Operands, whose addresses the compiler finds anew: kept, they would be spilled."""
         only = opaque_zero(place["vectors"], 0)
-        found = {name: Pieces(place[name].at[only]) for name in places[:7]}
+        found = {name: Pieces(place[name].at[only]) for name in tuple(place)[:7]}
         halves = [Pieces(found["squares"].ref.at[:, pl.ds(at, CHUNK)]) for at in (0, CHUNK)]
         return SimpleNamespace(**found, upper=halves[0], lower=halves[1])
 
