@@ -2,10 +2,11 @@
 
 `forward` filters, with `covariance` for the warpgroups that hold P; `reverse` finds the gradient,
 its recursion in `wide` where keys are 128; `exact` joins them for one head, `blocks` prepares what
-both need of decays, `restored` has the cotangent of a restoration, `mosaic` and `threads` hold
-every name of Mosaic's, and `dispatch` decides what runs. Rates per key have `keywise` forward,
-`keywise_reverse` for the gradient's recursion, `keywise_ratios` for what ratios of each key make of
-tokens, `keywise_drift` for what a chunk's own drift is asked for, and `keywise_head` joins them.
+both need of decays, `restored` has the cotangent of a restoration, `elimination` solves a block's
+triangular systems; `mosaic`, `threads` and `elimination` hold every name of Mosaic's; `dispatch`
+decides what runs. Rates per key have `keywise` forward, `keywise_reverse` for the gradient's
+recursion, `keywise_ratios` for what ratios of each key make of tokens, `keywise_drift` for what a
+chunk's own drift is asked for, and `keywise_head` joins them.
 `delta_rule` runs means of the reset filter as another library's kernels.
 `segments` cuts a few long sequences into parts that run side by side, with `elements` for what a
 part does to any belief, `sweep` for what it asks of it, and `joining` for the parts in turn;

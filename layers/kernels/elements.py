@@ -216,7 +216,7 @@ def _body(*sources, out, place, chunks, slots, interpret):
                 here.columns.at[:, LOOP],
                 here.whitened.at[:, LOOP],
                 here.deviations.at[1, tokens],
-                keys=WIDTH,
+                keys=0,
                 interpret=interpret,
             )
             surprise = mosaic.load_transposed(here.whitened.at[:, LOOP])

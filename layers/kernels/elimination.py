@@ -110,8 +110,7 @@ def eliminate(
 
     and keys' columns decay by λ a.
 
-    Where keys decay each at its own rate, so do their columns. With `decay` None, every warpgroup
-    whitens the same 64 columns, which do not decay.
+    Where keys decay each at its own rate, so do their columns.
 
     Args:
         joint: (16, 16) in shared memory.
@@ -120,7 +119,7 @@ def eliminate(
         columns: e, (16, keys + 64), or (16, 64).
         whitened: where u is left.
         inverse_deviation: (16,), where 1/L_tt is left.
-        keys: how many columns decay, 64 a warpgroup.
+        keys: how many columns decay, 64 a warpgroup; 0 with `decay` None.
         kept: λ, (16,); None for 1.
         interpret: whether the kernel is interpreted, which knows no threads.
     """

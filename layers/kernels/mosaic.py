@@ -6,7 +6,7 @@ A matrix in registers is spread over a warpgroup in the layout of its tensor cor
 (`MATRIX`); vectors along its rows and columns are in `ROWS` and `COLUMNS`. The tensor cores take
 16-bit operands, so a float32 operand is a sum of bfloat16 pieces (`pieces`): three hold all of
 float32's digits, two leave 2⁻¹⁷. Products of pieces whose indices sum to the count or more are
-below what is kept, and left out (`product`).
+below what is kept, and left out (`pairs`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -310,4 +310,5 @@ def _meet_warp(ctx):
 
 
 def meet_warp():
+    """Within what each thread does: wait for all of a warp, whose stores all then see."""
     nvvm.bar_warp_sync(arith.constant(ir.IntegerType.get_signless(32), 0xFFFFFFFF))
