@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 from scan_cases import Case, draw_initial, draw_stream
 
 from layers import communication, elements, exchange, sharded
@@ -580,6 +580,16 @@ def test_layers_that_are_alike_share_their_kernels():
     assert kernels_of(both, *draw(case, "float32")) == 1
 
 
+HOPPER = AbstractDevice("NVIDIA H200", mosaic.PROCESSORS, "gpu")
+"""A GPU for which programs can be lowered where there is none."""
+
+
+def lowering_mesh():
+    """A context in which programs are lowered for that device."""
+    mesh = AbstractMesh((), (), abstract_device=HOPPER)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
 def lowered(case: Case, dtype: str, dial=None) -> tuple[int, int]:
     """How many kernels the gradient, and the filter alone, lower to."""
     forms = differentiated(kernel_scan), lambda *inputs: outputs(*inputs, kernel_scan)
@@ -591,7 +601,7 @@ def kernels_of(function, arguments: dict, starts) -> int:
     """How many kernels a function of heads lowers to."""
     heads = jax.tree.map(lambda part: jnp.stack([part] * 2), arguments)
     mapped = jax.jit(jax.vmap(lambda head: function(head, starts)))
-    with mosaic.lowering_mesh():
+    with lowering_mesh():
         text = mapped.trace(heads).lower(lowering_platforms=("cuda",)).as_text()
     return text.count("mosaic_gpu_v2")
 
@@ -604,7 +614,7 @@ def test_kernels_that_join_segments_lower_for_cuda():
         entering = join_starts(Element(*[segment] * 5), segment, row, row, 3)
         return entering, join_ends(segment, segment, loop, loop, row, row, 3)
 
-    with mosaic.lowering_mesh():
+    with lowering_mesh():
         program = jax.jit(join).trace(segment, row, loop)
         text = program.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu_v2") == 2
@@ -615,7 +625,7 @@ def test_segments_lower_for_cuda(monkeypatch):
     """Three of two chunks: five kernels more, of which two join them."""
     monkeypatch.setattr(segments, "most", lambda chunks, tree=False: 3)
     arguments, starts = draw(Case(350, 64, 64, decay="scalar", drift="scalar"), "bfloat16")
-    with mosaic.lowering_mesh():
+    with lowering_mesh():
         lowered = jax.jit(differentiated(kernel_scan)).trace(arguments, starts)
         text = lowered.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu_v2") == 8
@@ -628,8 +638,7 @@ def test_a_sequence_over_devices_lowers_for_cuda(segments_each, monkeypatch):
     monkeypatch.setattr(sharded, "device_refusal", lambda: None)
     case = Case(2 * 3 * 64, 64, 64, decay="scalar", drift="scalar", starts=(7,))
     arguments, starts = draw(case, "bfloat16")
-    device = mosaic.lowering_device()
-    mesh = AbstractMesh((2,), ("sequence",), (AxisType.Auto,), abstract_device=device)
+    mesh = AbstractMesh((2,), ("sequence",), (AxisType.Auto,), abstract_device=HOPPER)
     program = jax.jit(differentiated(over_devices(mesh))).trace(arguments, starts)
     text = program.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu_v2") == 9 + (4 if segments_each > 1 else 0)
@@ -643,10 +652,9 @@ def test_kernels_of_float32_hold_no_float64_where_it_is_enabled(dial, monkeypatc
     """Nor what joins parts over devices; a restored sequence is held by one."""
     monkeypatch.setattr(sharded, "device_refusal", lambda: None)
     arguments, starts = draw(Case(128, 64, 64, decay="scalar", drift="scalar"), "float32", dial)
-    device = mosaic.lowering_device()
-    mesh = AbstractMesh((2,), ("sequence",), (AxisType.Auto,), abstract_device=device)
+    mesh = AbstractMesh((2,), ("sequence",), (AxisType.Auto,), abstract_device=HOPPER)
     form = kernel_scan if dial else over_devices(mesh)
-    with jax.enable_x64(True), mosaic.lowering_mesh():
+    with jax.enable_x64(True), lowering_mesh():
         program = jax.jit(differentiated(form)).trace(arguments, starts)
     assert not re.search(r"f64\[\d", str(program.jaxpr))
 

@@ -19,7 +19,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import FragmentedArray
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import AbstractDevice, AbstractMesh
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, nvvm
 
@@ -131,17 +130,6 @@ def kernel(
         **simulated,
     )
     return lambda *inputs: dict(zip(out, run(*inputs), strict=True))
-
-
-def lowering_device() -> AbstractDevice:
-    """A Hopper GPU for which programs can be lowered where there is none."""
-    return AbstractDevice("NVIDIA H200", PROCESSORS, "gpu")
-
-
-def lowering_mesh():
-    """A context in which programs are lowered for that device."""
-    mesh = AbstractMesh((), (), abstract_device=lowering_device())
-    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def meet(met, interpret: bool):
