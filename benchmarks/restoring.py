@@ -59,6 +59,9 @@ _FORMS = (
     "multivalue, prose",
 )
 
+_INSIDE = "restoration", "decay", "drift", "strength", "gain"
+"""What is kept of each restored layer in the longest rows, a number a head."""
+
 
 def main() -> None:
     request = _parser().parse_args()
@@ -177,7 +180,6 @@ class _Known:
         self.file = request.out / "summary.json"
         self.runs: dict[str, dict[str, Any]] = {}
         self.results: dict[str, Any] = {}
-        self.looked_into: dict[str, Any] = {}
         self.asked: dict[str, dict[int, np.ndarray]] = {}
 
     def add(
@@ -204,9 +206,12 @@ class _Known:
             "seed": seed,
             "metrics": metrics,
             "retrieval": told["retrieval"],
+            "inside_longest": {
+                layer: {name: _rounded(heads[name]) for name in _INSIDE if name in heads}
+                for layer, heads in told["inside_longest"].items()
+            },
             **{key: found[key] for key in ("device", "commit")},
         }
-        self.looked_into.setdefault(arm, told["inside_longest"])
         self.write()
         cells = "  ".join(
             f"{form} {[round(part['found'], 3) for part in by_length.values()]}"
@@ -257,9 +262,6 @@ class _Known:
                 for arm, runs in arms.items()
                 if arm not in ("control", "teacher")
             }
-        self.results["inside_longest"] = {
-            arm: found for arm, found in self.looked_into.items() if found
-        }
         self.write()
         _plot(self.request.out / "retrieval.png", self.results["retrieval"])
 
@@ -318,6 +320,10 @@ class _Known:
         longest = max(request.ask_lengths)
         looked = self.asked[request.forms[0]][longest][:4]
         return {"retrieval": found, "inside_longest": inside(model, looked, end, compute)}
+
+
+def _rounded(numbers: Sequence[float]) -> list[float]:
+    return [float(f"{number:.4g}") for number in numbers]
 
 
 def _tested(run: Mapping[str, Any]) -> Mapping[str, Any]:
