@@ -207,7 +207,7 @@ class _Known:
             "metrics": metrics,
             "retrieval": told["retrieval"],
             "inside_longest": {
-                layer: {name: _rounded(heads[name]) for name in _INSIDE if name in heads}
+                layer: {number: _rounded(heads[number]) for number in _INSIDE}
                 for layer, heads in told["inside_longest"].items()
             },
             **{key: found[key] for key in ("device", "commit")},

@@ -9,6 +9,7 @@ from benchmarks.restoring import _arms, _Known
 from recall.language.run_files import RunFiles
 
 FORMS, LENGTHS = ("single, noise", "single, prose"), (64, 128)
+INSIDE = "restoration", "decay", "drift", "strength", "gain"
 
 
 def request(out, **changes):
@@ -27,7 +28,8 @@ def finished(folder, share, loss=3.0):
     """A run's folder with what it found, and its record."""
     folder.mkdir(parents=True)
     cells = {form: {str(length): {"found": share} for length in LENGTHS} for form in FORMS}
-    told = {"retrieval": cells, "inside_longest": {"2": {"gain": [share], "noise": [1.0]}}}
+    heads = {number: [share] for number in (*INSIDE, "noise")}
+    told = {"retrieval": cells, "inside_longest": {"2": heads}}
     (folder / "retrieval.json").write_text(json.dumps(told))
     tested = {"loss": loss, "perplexity": 10 * share, "retrieved": 0.5, "inside": {}}
     metrics = {"before": tested, "after": tested, "device_seconds": 2.0, "curve": []}
@@ -62,7 +64,7 @@ def test_gains_are_differences_seed_by_seed(tmp_path):
     assert results["perplexity"]["teacher"]["mean"] == 7.0
     assert results["retrieval"]["teacher"]["single, noise"]["64"]["mean"] == 0.1
     runs = json.loads((tmp_path / "summary.json").read_text())["metrics"]["runs"]
-    assert runs["exact-1-1"]["inside_longest"] == {"2": {"gain": [0.6]}}
+    assert runs["exact-1-1"]["inside_longest"] == {"2": {number: [0.6] for number in INSIDE}}
     assert (tmp_path / "retrieval.png").stat().st_size > 1000
 
 

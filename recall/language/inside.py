@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from layers import LanguageModel
-from layers.strength import filter_inputs, noise_of
+from layers.strength import filter_inputs
 from recall.checkpoints.surgery import restoration_of, restorations
 from recall.text.corpus import Rows
 
@@ -65,22 +65,20 @@ def _of_tokens(mixer: Any, read: Any) -> dict[str, Any]:
     """Each number for every (row, time, head): the memory is read along the key that it wrote."""
 
     def row(x):
-        state = mixer.init_state()
-        u = {name: source(x, state.past[name])[0] for name, source in mixer.sources.items()}
+        u = mixer.head_inputs(x)
         u["query"] = u["key"]
         run = jax.vmap(mixer.memory, in_axes=(1, 0), out_axes=(1, 0))
-        prediction, _ = run(u, state.memories)
-        # After a write of gain g with noise r, the variance along the key is g r.
-        noise = prediction.value_variance - prediction.variance
-        given = noise_of(u["strength"], u["key"])
+        prediction, _ = run(u, mixer.init_state().memories)
+        given = filter_inputs(u)
         return {
-            "strength": 1 / (given + jnp.sum(jnp.square(u["key"].astype(jnp.float32)), axis=-1)),
-            "decay": jnp.exp(u.get("log_decay", jnp.zeros_like(noise))),
-            "drift": filter_inputs(u)["drift"],
+            "strength": u["strength"],
+            "decay": jnp.exp(u.get("log_decay", jnp.zeros_like(given["noise"]))),
+            "drift": given["drift"],
             "reset": u["reset"],
-            "noise": noise,
+            "noise": given["noise"],
             "variance": prediction.variance,
-            "gain": prediction.variance / noise,
+            # After a write of gain g with noise r, the variance along the key is g r.
+            "gain": prediction.variance / given["noise"],
         }
 
     return jax.vmap(row)(read)
